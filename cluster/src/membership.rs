@@ -1,0 +1,100 @@
+//! The workers that the coordinator knows: who is there, since when, and how fresh the news is.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use crate::{Hello, Member, Progress, Timestamp, WorkerId};
+
+/// A worker that is alive as far as the coordinator knows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Worker {
+    /// For people.
+    pub name: String,
+    /// Where its peers reach it.
+    pub address: String,
+    /// Order of arrival, so that older workers keep the lower ranks.
+    pub arrival: u64,
+    /// When it last said something.
+    pub heard: Timestamp,
+    /// Whether it has an open session.
+    pub session: bool,
+    /// Whether it was asked, or asks, to leave.
+    pub draining: bool,
+    /// What it last said of its progress.
+    pub progress: Option<Progress>,
+}
+
+/// All workers that are alive, by identity.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Membership {
+    workers: BTreeMap<WorkerId, Worker>,
+    arrivals: u64,
+}
+
+impl Membership {
+    /// A worker, if it is known.
+    #[must_use]
+    pub fn find(&self, worker: WorkerId) -> Option<&Worker> {
+        self.workers.get(&worker)
+    }
+
+    /// A worker to be updated, if it is known.
+    pub fn find_mut(&mut self, worker: WorkerId) -> Option<&mut Worker> {
+        self.workers.get_mut(&worker)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
+        self.workers.iter().map(|(&id, worker)| (id, worker))
+    }
+
+    /// A newcomer opened a session.
+    pub fn arrive(&mut self, now: Timestamp, worker: WorkerId, hello: &Hello) {
+        self.insert(now, worker, hello.name.clone(), hello.address.clone(), true);
+    }
+
+    /// A member of a restored generation, which has yet to come back.
+    pub fn expect(&mut self, now: Timestamp, member: &Member) {
+        self.insert(now, member.worker, member.name.clone(), member.address.clone(), false);
+    }
+
+    fn insert(&mut self, now: Timestamp, worker: WorkerId, name: String, address: String, s: bool) {
+        self.arrivals += 1;
+        let arrival = self.arrivals;
+        let progress = None;
+        let held =
+            Worker { name, address, arrival, heard: now, session: s, draining: false, progress };
+        self.workers.insert(worker, held);
+    }
+
+    /// Forgets a worker; `None` if it was not known.
+    pub fn remove(&mut self, worker: WorkerId) -> Option<Worker> {
+        self.workers.remove(&worker)
+    }
+
+    /// Workers that may belong to the next generation, oldest first.
+    #[must_use]
+    pub fn eligible(&self) -> Vec<WorkerId> {
+        let mut eligible: Vec<_> = self.iter().filter(|(_, w)| !w.draining).collect();
+        eligible.sort_by_key(|(_, worker)| worker.arrival);
+        eligible.into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// Counts no silence for time in which nobody could be heard, as the coordinator was not running.
+    pub fn forgive(&mut self, lag: Duration) {
+        for worker in self.workers.values_mut() {
+            worker.heard = worker.heard + lag;
+        }
+    }
+
+    /// The first moment at which a worker's silence becomes too long.
+    #[must_use]
+    pub fn next_expiry(&self, lease: Duration) -> Option<Timestamp> {
+        self.workers.values().map(|worker| worker.heard + lease).min()
+    }
+
+    /// The workers that have been silent for `lease` or longer.
+    #[must_use]
+    pub fn expired(&self, now: Timestamp, lease: Duration) -> Vec<WorkerId> {
+        self.iter().filter(|(_, w)| w.heard + lease <= now).map(|(id, _)| id).collect()
+    }
+}

@@ -1,0 +1,8 @@
+//! Generates the wire types with a compiler written in Rust, so that no system protoc is needed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=v1/cluster.proto");
+    let descriptors = protox::compile(["v1/cluster.proto"], ["."])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

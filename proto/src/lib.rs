@@ -1,0 +1,31 @@
+//! The wire: `v1/cluster.proto`, the code generated from it, and the only conversions between its
+//! messages and the types of `cluster`.
+
+mod convert;
+
+/// Generated from `v1/cluster.proto`.
+#[allow(
+    clippy::all,
+    missing_debug_implementations,
+    unreachable_pub,
+    unused_qualifications,
+    clippy::allow_attributes_without_reason,
+    clippy::wildcard_enum_match_arm,
+    clippy::cast_lossless,
+    clippy::allow_attributes,
+    reason = "generated code is not ours to style"
+)]
+pub mod v1 {
+    tonic::include_proto!("percheron.v1");
+}
+
+pub use convert::{
+    Malformed, heartbeat, order_from_response, order_to_response, progress, report_from_wire,
+    report_to_wire,
+};
+
+/// Largest message either side takes, in bytes. A group of 4,096 workers needs about 400 KB.
+pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
+
+/// Metadata key under which a session carries the run's token.
+pub const TOKEN_HEADER: &str = "x-percheron-token";

@@ -1,0 +1,245 @@
+//! The sections of a recipe. Defaults are the published RegNetY recipe's where it has a value.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Whose BatchNorm running statistics a run keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BnBuffers {
+    /// Virtual rank 0's, as PyTorch's data-parallel training does.
+    Rank0,
+    /// The mean over all virtual ranks.
+    Mean,
+}
+
+/// Where the images are and how they are shown.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// A folder of shards (see `percheron shards pack`), or `builtin:digits`.
+    pub location: String,
+    /// The split to train on.
+    pub train: String,
+    /// The split to evaluate on.
+    pub validation: String,
+    /// How the training crop is cut.
+    pub crop: Crop,
+    /// Area of a random resized crop, as fractions of the image.
+    pub crop_scale: [f64; 2],
+    /// Width over height of a random resized crop.
+    pub crop_ratio: [f64; 2],
+    /// Chance of a mirrored image.
+    pub flip_probability: f64,
+    /// Evaluation resizes the short side to `input_size / crop_fraction`, then cuts the centre.
+    pub crop_fraction: f64,
+    /// Channel means, of values in `0..=1`.
+    pub mean: [f64; 3],
+    /// Channel standard deviations, of values in `0..=1`.
+    pub std: [f64; 3],
+    /// Micro-batches a worker prepares ahead.
+    pub prefetch: u32,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            location: String::new(),
+            train: "train".to_owned(),
+            validation: "val".to_owned(),
+            crop: Crop::RandomResized,
+            crop_scale: [0.08, 1.0],
+            crop_ratio: [0.75, 4.0 / 3.0],
+            flip_probability: 0.5,
+            crop_fraction: 0.875,
+            mean: [0.485, 0.456, 0.406],
+            std: [0.229, 0.224, 0.225],
+            prefetch: 4,
+        }
+    }
+}
+
+/// How a training crop is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Crop {
+    /// A random part of the image, resized.
+    RandomResized,
+    /// The image padded by 4 pixels, cut at a random place (the reference's choice up to 32 px).
+    Padded,
+    /// The whole image, resized.
+    None,
+}
+
+/// The network (SPEC of the reference, section 4).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// A registered model, such as `reg800m_perceiver_t128`.
+    pub name: String,
+    /// Number of classes.
+    pub classes: u32,
+    /// Height and width of the input, in pixels.
+    pub input_size: u32,
+    /// Self-attention layers of each stage, in units of 3, 3, 9 and 3.
+    pub depth_factor: [u32; 4],
+    /// Width of the self-attention MLPs, in token widths.
+    pub sa_widening_factor: u32,
+    /// Whether the image features read the latents once more after the last stage.
+    pub with_last_ca: bool,
+    /// Whether the latents read the image features in stages 2 to 4.
+    pub with_x2z: bool,
+    /// Whether the image features read the latents in stages 2 to 4.
+    pub with_z2x: bool,
+    /// Whether a depth-wise convolution prepares what the latents read.
+    pub with_dwc: bool,
+    /// Whether later exits see the earlier exits' logits.
+    pub with_isc: bool,
+    /// Dropout inside the attention blocks.
+    pub dropout: f64,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            name: "reg800m_perceiver_t128".to_owned(),
+            classes: 1000,
+            input_size: 224,
+            depth_factor: [1, 1, 1, 2],
+            sa_widening_factor: 4,
+            with_last_ca: true,
+            with_x2z: true,
+            with_z2x: true,
+            with_dwc: true,
+            with_isc: true,
+            dropout: 0.0,
+        }
+    }
+}
+
+/// The loss over the four exits (SPEC of the reference, section 8).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Loss {
+    /// Weight of the CNN exit.
+    pub cnn_factor: f64,
+    /// Weight of each of the two latent exits.
+    pub att_factor: f64,
+    /// Weight of the merged exit.
+    pub merge_factor: f64,
+    /// Label smoothing.
+    pub smoothing: f64,
+    /// Whether the merged exit teaches the others.
+    pub with_kd: bool,
+    /// Temperature of that.
+    pub t_kd: f64,
+    /// Weight of that.
+    pub alpha_kd: f64,
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self {
+            cnn_factor: 1.0,
+            att_factor: 0.5,
+            merge_factor: 1.0,
+            smoothing: 0.1,
+            with_kd: true,
+            t_kd: 1.0,
+            alpha_kd: 0.5,
+        }
+    }
+}
+
+/// AdamW (SPEC of the reference, section 6).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest gradient norm; larger gradients are scaled down. None: no limit.
+    pub clip_grad: Option<f64>,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { weight_decay: 0.05, betas: [0.9, 0.999], eps: 1e-8, clip_grad: None }
+    }
+}
+
+/// Cosine with linear warm-up (SPEC of the reference, section 7).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// Learning rate after the warm-up. It is not scaled by the batch.
+    pub lr: f64,
+    /// Where the cosine ends.
+    pub min_lr: f64,
+    /// Epochs of linear warm-up from 0.
+    pub warmup_epochs: u64,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self { lr: 1e-3, min_lr: 1e-6, warmup_epochs: 20 }
+    }
+}
+
+/// The exponential moving average of the weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ema {
+    /// How much of the average is kept at each step.
+    pub decay: f64,
+}
+
+impl Default for Ema {
+    fn default() -> Self {
+        Self { decay: 0.9999 }
+    }
+}
+
+/// What is kept. Changes no result, so a run may be resumed with other values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// Keep the state after every so many epochs, and always at the end; 0 for only at the end.
+    pub every_epochs: u64,
+    /// Keep the state after every so many steps as well; 0 for never.
+    pub every_steps: u64,
+    /// Newest checkpoints that are not pruned; at least 2.
+    pub keep: u32,
+    /// Size of a part, in MiB.
+    pub part_mib: u32,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every_epochs: 1, every_steps: 0, keep: 3, part_mib: 32 }
+    }
+}
+
+/// The cluster. Changes no result, so a run may be resumed with other values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Elastic {
+    /// With fewer workers the run waits.
+    pub workers_min: u32,
+    /// More workers stand by. None: `virtual_ranks`.
+    pub workers_max: Option<u32>,
+    /// How long the loss of a worker may keep the others from training, such as `"10s"`. All other
+    /// waits are derived from it.
+    #[serde(with = "humantime_serde")]
+    pub max_recovery: Duration,
+}
+
+impl Default for Elastic {
+    fn default() -> Self {
+        Self { workers_min: 1, workers_max: None, max_recovery: Duration::from_secs(10) }
+    }
+}
