@@ -10,15 +10,17 @@
 //!      +---------------------------+-----------------------------+
 //! ```
 
+mod change;
+mod results;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
 use crate::{
-    Command, Event, Generation, Group, Hello, Ledger, Member, Membership, Order, Outcome, Part,
-    Rank, Record, Report, RunConfig, Share, Step, StepMetrics, Term, Timestamp, WorkerId,
-    blocks::balanced_blocks,
+    Command, Event, Generation, Group, Hello, Ledger, Membership, Order, Part, Record, Report,
+    RunConfig, Step, StepMetrics, Term, Timestamp, WorkerId,
 };
 
 /// Decides who trains with whom and from where. See [`Coordinator::handle`].
@@ -31,6 +33,13 @@ pub struct Coordinator {
     saving: BTreeMap<Step, Saving>,
     checkpoint_at: Option<Step>,
     finished: BTreeMap<WorkerId, String>,
+    /// Whether a member of the generation before has left it for the newest: then no step of it is
+    /// lost by aborting it.
+    turned: bool,
+    /// Members that have said that they stopped in the newest generation.
+    stopped: BTreeSet<WorkerId>,
+    /// Since when members have failed to form a generation although all seem to be there.
+    troubled_since: Option<Timestamp>,
     step_time: Option<Duration>,
     commands: Vec<Command>,
 }
@@ -49,8 +58,8 @@ pub enum Phase {
         formed: BTreeMap<WorkerId, Formed>,
         /// Whom members could not reach, with how often.
         blamed: BTreeMap<WorkerId, u32>,
-        /// When those that have not said so are lost. Not yet known while the generation before is
-        /// still in a step.
+        /// When those that have not said so are lost. Not known while the generation before is still
+        /// in a step.
         deadline: Option<Timestamp>,
     },
     /// Nothing: the generation trains.
@@ -97,12 +106,12 @@ impl Coordinator {
             is_new = false;
         }
         let mut workers = Membership::default();
-        for member in &ledger.members {
+        for member in ledger.members.iter().filter(|m| !ledger.lost.contains(&m.worker)) {
             workers.expect(now, member);
         }
         let phase = if ledger.outcome.is_some() {
             Phase::Ended
-        } else if ledger.members.is_empty() {
+        } else if ledger.members.is_empty() || !ledger.lost.is_empty() {
             Phase::Gathering { since: now }
         } else if ledger.formed {
             Phase::Training { suspicion: None }
@@ -119,6 +128,9 @@ impl Coordinator {
             saving: BTreeMap::new(),
             checkpoint_at: None,
             finished: BTreeMap::new(),
+            turned: true,
+            stopped: BTreeSet::new(),
+            troubled_since: None,
             step_time: None,
             commands: Vec::new(),
         };
@@ -132,7 +144,8 @@ impl Coordinator {
     }
 
     /// Takes one event in. The host carries the commands out in order and calls again, with
-    /// [`Event::DeadlineReached`], no later than [`Coordinator::next_deadline`].
+    /// [`Event::DeadlineReached`], no later than [`Coordinator::next_deadline`] but after all that it
+    /// has heard by then: what was said counts before what was not.
     ///
     /// Duplicate and stale input is not an error: it changes nothing.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
@@ -143,11 +156,10 @@ impl Coordinator {
             Event::SessionClosed { worker } => self.session_closed(now, worker),
             Event::ProcessExited { worker, how } => self.workers_lost(now, &[worker], &how),
             Event::DrainRequested { worker } => self.drain(worker),
-            Event::CheckpointCommitted { step } => self.checkpoint_committed(step),
-            Event::CheckpointFailed { step, reason } => self.checkpoint_failed(step, &reason),
-            Event::DeadlineReached => {}
+            Event::CheckpointCommitted { step } => self.checkpoint_committed(now, step),
+            Event::CheckpointFailed { step, reason } => self.commit_failed(step, &reason),
+            Event::DeadlineReached => self.deadlines_passed(now),
         }
-        self.deadlines_passed(now);
         self.reconsider_membership(now);
         std::mem::take(&mut self.commands)
     }
@@ -157,8 +169,9 @@ impl Coordinator {
     pub fn next_deadline(&self) -> Option<Timestamp> {
         let phase = match &self.phase {
             Phase::Gathering { since } => {
-                let waits = !self.workers.eligible().is_empty();
-                waits.then(|| *since + self.config.timeouts.gather)
+                // With fewer workers than that, nothing happens at any time.
+                let enough = self.next_members(false).len() >= self.config.workers_min as usize;
+                enough.then(|| *since + self.config.timeouts.gather)
             }
             Phase::Forming { deadline, .. } => *deadline,
             Phase::Training { suspicion } => *suspicion,
@@ -224,7 +237,9 @@ impl Coordinator {
 
     /// Tells a worker that comes back what it may have missed.
     fn catch_up(&mut self, worker: WorkerId, hello: &Hello) {
-        if !self.is_member(worker) {
+        let is_leaving = self.workers.find(worker).is_some_and(|known| known.draining);
+        let is_told = self.is_member(worker) || is_leaving;
+        if !is_told || matches!(self.phase, Phase::Gathering { .. }) {
             return;
         }
         if hello.generation < Some(self.ledger.generation) {
@@ -239,58 +254,7 @@ impl Coordinator {
         let (name, reason) = (name.to_owned(), reason.to_owned());
         self.record(Record::WorkerRefused { worker, name, reason: reason.clone() });
         self.send(worker, Order::Refuse { reason });
-        self.commands.push(Command::Close { worker });
-    }
-
-    /// The session alone is not the worker: it may come back before its lease is out, unless its
-    /// peers have lost it as well.
-    fn session_closed(&mut self, now: Timestamp, worker: WorkerId) {
-        let Some(known) = self.workers.find_mut(worker) else { return };
-        known.session = false;
-        let suspected = matches!(self.phase, Phase::Training { suspicion: Some(_) });
-        let left = known.draining;
-        if !self.is_member(worker) {
-            let cause =
-                if left { "it left as asked" } else { "its session closed while it stood by" };
-            self.workers_lost(now, &[worker], cause);
-        } else if suspected {
-            self.workers_lost(now, &[worker], "its peers lost it and its session closed");
-        }
-    }
-
-    /// A worker is gone: an exit, a silent lease, and a peer's report all end here.
-    ///
-    /// If a member of the running generation is gone, its survivors get a new generation at once, so
-    /// that a late message of the lost worker carries an old one and is refused.
-    fn workers_lost(&mut self, now: Timestamp, lost: &[WorkerId], cause: &str) {
-        let mut names = Vec::new();
-        let mut only_newcomers = true;
-        for &worker in lost {
-            let Some(known) = self.workers.remove(worker) else {
-                continue; // Its lease, its supervisor and its peers all report the same death.
-            };
-            let name = known.name.clone();
-            self.record(Record::WorkerLost { worker, name, cause: cause.to_owned() });
-            let reason = format!("the run went on without this worker: {cause}");
-            self.send(worker, Order::Refuse { reason });
-            self.commands.push(Command::Close { worker });
-            if self.is_member(worker) {
-                only_newcomers &= known.progress.is_none_or(|progress| progress.applied.is_none());
-                names.push(known.name);
-            }
-        }
-        if !names.is_empty() {
-            // A newcomer that dies before the others have left for it costs them nothing.
-            let nobody_waits = matches!(self.phase, Phase::Forming { deadline: None, .. });
-            let planned = nobody_waits && only_newcomers;
-            self.open_generation(now, planned, &format!("{} was lost", names.join(", ")));
-        }
-    }
-
-    fn drain(&mut self, worker: WorkerId) {
-        if let Some(known) = self.workers.find_mut(worker) {
-            known.draining = true;
-        }
+        self.close(worker);
     }
 
     // ---- Reports ---------------------------------------------------------------------------
@@ -298,12 +262,13 @@ impl Coordinator {
     fn reported(&mut self, now: Timestamp, worker: WorkerId, report: Report) {
         let Some(known) = self.workers.find_mut(worker) else { return };
         known.heard = now;
+        if matches!(self.phase, Phase::Ended) {
+            return;
+        }
         match report {
             Report::Heartbeat(progress) => {
                 known.progress = Some(progress);
-                if progress.generation == self.ledger.generation {
-                    self.start_form_deadline(now);
-                }
+                self.heard_progress(now, worker, progress);
             }
             Report::Formed { generation, step, digest, begun, stopped_at, metrics } => {
                 let said = Formed { step, digest, begun, stopped_at, metrics };
@@ -329,7 +294,7 @@ impl Coordinator {
             }
             Report::ShareWritten { generation, share } => self.share_written(generation, share),
             Report::ShareFailed { generation, step, reason } => {
-                if self.saving.get(&step).is_none_or(|saving| saving.generation == generation) {
+                if self.is_current(generation) {
                     self.checkpoint_failed(step, &reason);
                 }
             }
@@ -337,7 +302,7 @@ impl Coordinator {
                 let is_last = step == self.config.steps_total;
                 if is_last && generation == self.ledger.generation && self.is_member(worker) {
                     self.finished.insert(worker, state_sha256);
-                    self.finish_if_complete();
+                    self.finish_if_complete(now);
                 }
             }
             Report::Leaving { .. } => self.drain(worker),
@@ -348,380 +313,6 @@ impl Coordinator {
         }
     }
 
-    fn formed(&mut self, now: Timestamp, worker: WorkerId, generation: Generation, said: Formed) {
-        if generation != self.ledger.generation || !self.is_member(worker) {
-            return;
-        }
-        self.start_form_deadline(now);
-        let Phase::Forming { formed, .. } = &mut self.phase else { return };
-        formed.insert(worker, said);
-        if formed.len() < self.ledger.members.len() {
-            return;
-        }
-        let formed = std::mem::take(formed);
-        let states: BTreeSet<_> = formed.values().map(|f| (f.step, f.digest.clone())).collect();
-        let Some((step, digest)) = states.first().filter(|_| states.len() == 1).cloned() else {
-            let shown: Vec<_> = formed
-                .iter()
-                .map(|(w, f)| format!("{} {} {}", self.name(*w), f.step, f.digest))
-                .collect();
-            return self.fail(&format!(
-                "the members of generation {generation} hold different states: {}",
-                shown.join(", ")
-            ));
-        };
-        let begun = formed.values().map(|f| f.begun).max().unwrap_or_default();
-        let repeated = begun.max(self.ledger.canonical).0.saturating_sub(step.0);
-        let stopped_at = formed.values().filter_map(|f| f.stopped_at).max();
-        self.record(Record::GenerationFormed { generation, step, digest, repeated, stopped_at });
-        let metrics = formed.values().find_map(|f| f.metrics);
-        self.adopt(generation, step, metrics, None);
-        self.phase = Phase::Training { suspicion: None };
-    }
-
-    fn form_failed(
-        &mut self,
-        now: Timestamp,
-        worker: WorkerId,
-        generation: Generation,
-        peer: Option<Rank>,
-        reason: &str,
-    ) {
-        if generation != self.ledger.generation || !self.is_member(worker) {
-            return;
-        }
-        let Phase::Forming { blamed, .. } = &mut self.phase else { return };
-        if let Some(peer) = peer.and_then(|rank| self.ledger.members.get(rank.0 as usize)) {
-            *blamed.entry(peer.worker).or_default() += 1;
-        }
-        let blamed: Vec<_> = blamed.keys().copied().collect();
-        self.start_form_deadline(now);
-        let gone: Vec<_> = blamed.into_iter().filter(|&suspect| self.is_cut_off(suspect)).collect();
-        self.workers_lost(now, &gone, &format!("its peers could not reach it: {reason}"));
-    }
-
-    fn exchange_lost(
-        &mut self,
-        now: Timestamp,
-        worker: WorkerId,
-        generation: Generation,
-        peer: Option<Rank>,
-        reason: String,
-        stopped_at: Timestamp,
-    ) {
-        if generation != self.ledger.generation || !self.is_member(worker) {
-            return; // The news that ended it came first.
-        }
-        let peer = peer.and_then(|rank| self.ledger.members.get(rank.0 as usize)).cloned();
-        let blamed = peer.as_ref().map(|peer| peer.name.clone());
-        self.record(Record::ExchangeLost { worker, generation, peer: blamed, reason, stopped_at });
-        let Phase::Training { suspicion } = &mut self.phase else { return };
-        suspicion.get_or_insert(now + self.config.timeouts.suspicion);
-        if let Some(peer) = peer
-            && self.is_cut_off(peer.worker)
-        {
-            self.workers_lost(now, &[peer.worker], "its peers lost it and its session is closed");
-        }
-    }
-
-    /// Takes the results up to `step` as the run's. Figures are known for the last of them only.
-    fn adopt(
-        &mut self,
-        generation: Generation,
-        step: Step,
-        metrics: Option<StepMetrics>,
-        applied_at: Option<Timestamp>,
-    ) {
-        while self.ledger.canonical < step {
-            let next = self.ledger.canonical.next();
-            let is_last = next == step;
-            self.record(Record::StepAdopted {
-                step: next,
-                generation,
-                metrics: metrics.filter(|_| is_last),
-                applied_at: applied_at.filter(|_| is_last),
-            });
-        }
-        if self.checkpoint_at.is_some_and(|at| at <= step) {
-            self.rename_checkpoint(step.next());
-        }
-    }
-
-    // ---- Checkpoints -----------------------------------------------------------------------
-
-    /// Names the next state to keep, and tells the members if that is news.
-    fn rename_checkpoint(&mut self, from: Step) {
-        let next = self.next_checkpoint(from);
-        if next == self.checkpoint_at {
-            return;
-        }
-        self.checkpoint_at = next;
-        if let Some(step) = next {
-            let generation = self.ledger.generation;
-            for worker in self.member_ids() {
-                self.send(worker, Order::CheckpointAt { generation, step });
-            }
-        }
-    }
-
-    fn next_checkpoint(&self, from: Step) -> Option<Step> {
-        let mut step = self.config.next_checkpoint(from)?;
-        while self.ledger.checkpoints.binary_search(&step).is_ok() {
-            step = self.config.next_checkpoint(step.next())?;
-        }
-        Some(step)
-    }
-
-    fn share_written(&mut self, generation: Generation, share: Share) {
-        let committed = self.ledger.checkpoints.binary_search(&share.step).is_ok();
-        if committed || !self.is_current(generation) {
-            return;
-        }
-        let saving = self.saving.entry(share.step).or_insert_with(|| Saving {
-            generation,
-            parts: BTreeMap::new(),
-            committing: false,
-        });
-        for part in share.parts {
-            let held = saving.parts.entry(part.index).or_insert_with(|| part.clone());
-            if *held != part {
-                let step = share.step;
-                let index = part.index;
-                return self.fail(&format!(
-                    "two workers wrote different bytes for part {index} of checkpoint {step}: the \
-                     state is not the same everywhere; compare their logs and machines"
-                ));
-            }
-        }
-        if !saving.committing && saving.parts.len() == share.parts_total as usize {
-            saving.committing = true;
-            let parts = saving.parts.values().cloned().collect();
-            self.commands.push(Command::CommitCheckpoint {
-                generation: saving.generation,
-                step: share.step,
-                parts,
-                part_bytes: share.part_bytes,
-                sections: share.sections,
-            });
-        }
-    }
-
-    fn checkpoint_committed(&mut self, step: Step) {
-        if self.ledger.checkpoints.binary_search(&step).is_ok() {
-            return;
-        }
-        self.record(Record::CheckpointCommitted { step });
-        self.saving.remove(&step);
-        self.abandon(|older| older < step, "a newer one was complete first");
-        self.finish_if_complete();
-    }
-
-    fn checkpoint_failed(&mut self, step: Step, reason: &str) {
-        self.saving.remove(&step);
-        self.record(Record::CheckpointAbandoned { step, reason: reason.to_owned() });
-        if step == self.config.steps_total {
-            self.fail(&format!("the final checkpoint could not be written: {reason}"));
-        }
-    }
-
-    fn abandon(&mut self, which: impl Fn(Step) -> bool, reason: &str) {
-        let given_up: Vec<_> = self.saving.keys().copied().filter(|&step| which(step)).collect();
-        for step in given_up {
-            self.saving.remove(&step);
-            self.record(Record::CheckpointAbandoned { step, reason: reason.to_owned() });
-        }
-    }
-
-    // ---- The end ---------------------------------------------------------------------------
-
-    fn finish_if_complete(&mut self) {
-        let step = self.config.steps_total;
-        let kept = self.ledger.checkpoints.binary_search(&step).is_ok();
-        let all_said = self.finished.len() == self.ledger.members.len();
-        if !kept || !all_said || self.ledger.outcome.is_some() {
-            return;
-        }
-        let digests: BTreeSet<_> = self.finished.values().cloned().collect();
-        let Some(state_sha256) = digests.first().filter(|_| digests.len() == 1).cloned() else {
-            let said: Vec<_> =
-                self.finished.iter().map(|(w, d)| format!("{} {d}", self.name(*w))).collect();
-            return self.fail(&format!("the final states differ: {}", said.join(", ")));
-        };
-        self.record(Record::RunFinished { step, state_sha256 });
-        self.end();
-    }
-
-    fn fail(&mut self, reason: &str) {
-        if self.ledger.outcome.is_none() {
-            self.record(Record::RunFailed { reason: reason.to_owned() });
-            self.end();
-        }
-    }
-
-    fn end(&mut self) {
-        self.phase = Phase::Ended;
-        let outcome = self.ledger.outcome.clone().expect("the outcome was recorded just before");
-        let everybody: Vec<_> = self.workers.iter().map(|(worker, _)| worker).collect();
-        for worker in everybody {
-            self.tell_outcome(worker, &outcome);
-        }
-    }
-
-    fn tell_outcome(&mut self, worker: WorkerId, outcome: &Outcome) {
-        let order = match outcome.clone() {
-            Outcome::Finished { step, state_sha256 } => Order::Finish { step, state_sha256 },
-            Outcome::Failed { reason } => Order::Fail { reason },
-        };
-        self.send(worker, order);
-    }
-
-    // ---- Time and membership ---------------------------------------------------------------
-
-    fn deadlines_passed(&mut self, now: Timestamp) {
-        if matches!(self.phase, Phase::Ended) {
-            return;
-        }
-        let lease = self.config.timeouts.lease;
-        let silent = self.workers.expired(now, lease);
-        self.workers_lost(now, &silent, &format!("it said nothing for {lease:?}"));
-        match &self.phase {
-            Phase::Forming { deadline: Some(deadline), formed, blamed } if *deadline <= now => {
-                let late = self.late_members(formed, blamed);
-                if late.is_empty() {
-                    self.open_generation(now, false, "the generation could not be formed in time");
-                }
-                self.workers_lost(now, &late, "it did not form the generation in time");
-            }
-            Phase::Training { suspicion: Some(deadline) } if *deadline <= now => {
-                let members = self.member_ids().into_iter();
-                let gone: Vec<_> = members.filter(|&worker| self.is_cut_off(worker)).collect();
-                if gone.is_empty() {
-                    self.open_generation(now, false, "an exchange broke and all members are there");
-                }
-                self.workers_lost(now, &gone, "its peers lost it and its session is closed");
-            }
-            Phase::Gathering { .. }
-            | Phase::Forming { .. }
-            | Phase::Training { .. }
-            | Phase::Ended => {}
-        }
-    }
-
-    /// A coordinator that was called later than it asked to be was not running, and heard nobody.
-    fn forgive_own_sleep(&mut self, now: Timestamp) {
-        if let Some(deadline) = self.next_deadline() {
-            let lag = now.since(deadline);
-            if lag > self.config.timeouts.suspicion {
-                self.workers.forgive(lag);
-            }
-        }
-    }
-
-    /// Whom to go on without when a generation is not formed in time: those that did not form it if
-    /// some did, otherwise whom most could not reach.
-    fn late_members(
-        &self,
-        formed: &BTreeMap<WorkerId, Formed>,
-        blamed: &BTreeMap<WorkerId, u32>,
-    ) -> Vec<WorkerId> {
-        if formed.is_empty() {
-            let most = blamed.iter().max_by_key(|&(worker, count)| (*count, *worker));
-            return most.map(|(&worker, _)| worker).into_iter().collect();
-        }
-        self.member_ids().into_iter().filter(|worker| !formed.contains_key(worker)).collect()
-    }
-
-    /// Opens a generation when the one that should be differs from the one that is.
-    fn reconsider_membership(&mut self, now: Timestamp) {
-        match &self.phase {
-            Phase::Gathering { since } => {
-                let available = self.workers.eligible().len();
-                let patience_is_out = *since + self.config.timeouts.gather <= now;
-                let enough = available >= self.config.workers_expected as usize
-                    || (available >= self.config.workers_min as usize
-                        && (patience_is_out || self.ledger.generation > Generation(0)));
-                if enough && available > 0 {
-                    self.open_generation(now, false, "enough workers are there");
-                }
-            }
-            Phase::Training { suspicion: None } => {
-                let wanted = self.next_members();
-                let members: BTreeSet<_> = self.member_ids().into_iter().collect();
-                let joining: Vec<_> = wanted.iter().filter(|w| !members.contains(w)).collect();
-                let leaving: Vec<_> = members.iter().filter(|w| !wanted.contains(w)).collect();
-                let reason = match (joining.first(), leaving.first()) {
-                    (None, None) => return,
-                    (Some(&&worker), _) => format!("{} joins", self.name(worker)),
-                    (None, Some(&&worker)) => format!("{} leaves", self.name(worker)),
-                };
-                if wanted.len() >= self.config.workers_min as usize {
-                    self.open_generation(now, true, &reason);
-                }
-            }
-            Phase::Training { suspicion: Some(_) } | Phase::Forming { .. } | Phase::Ended => {}
-        }
-    }
-
-    fn next_members(&self) -> Vec<WorkerId> {
-        let mut eligible = self.workers.eligible();
-        eligible.truncate(self.config.workers_taken(eligible.len()));
-        eligible
-    }
-
-    /// Opens the next generation with all that are there, or holds the survivors if they are too few.
-    fn open_generation(&mut self, now: Timestamp, planned: bool, reason: &str) {
-        if matches!(self.phase, Phase::Ended) {
-            return;
-        }
-        let before = self.member_ids();
-        let wanted = self.next_members();
-        self.finished.clear();
-        if !planned {
-            self.abandon(|_| true, "the generation that wrote it ended");
-        }
-        if wanted.len() < self.config.workers_min as usize {
-            let generation = self.ledger.generation;
-            for worker in before {
-                self.send(worker, Order::Hold { generation });
-            }
-            self.phase = Phase::Gathering { since: now };
-            return;
-        }
-        let blocks = balanced_blocks(
-            self.config.virtual_ranks,
-            u32::try_from(wanted.len()).expect("N <= V"),
-        );
-        let members = wanted.iter().zip(blocks).map(|(&worker, block)| {
-            let known = self.workers.find(worker).expect("only known workers are eligible");
-            Member { worker, name: known.name.clone(), address: known.address.clone(), block }
-        });
-        let members: Vec<_> = members.collect();
-        let generation = self.ledger.generation.next();
-        let reason = reason.to_owned();
-        self.checkpoint_at = self.next_checkpoint(self.ledger.canonical);
-        self.record(Record::GenerationOpened { generation, members, planned, reason });
-        let deadline = (!planned).then(|| now + self.form_allowance());
-        self.phase = Phase::Forming { formed: BTreeMap::new(), blamed: BTreeMap::new(), deadline };
-        let told: BTreeSet<_> = before.into_iter().chain(wanted).collect();
-        for worker in told {
-            self.send(worker, Order::Form(self.group()));
-        }
-    }
-
-    /// A member has turned to the new generation, so from now on the others are waited for.
-    fn start_form_deadline(&mut self, now: Timestamp) {
-        let allowance = self.form_allowance();
-        if let Phase::Forming { deadline: deadline @ None, .. } = &mut self.phase {
-            *deadline = Some(now + allowance);
-        }
-    }
-
-    /// How long forming may take: a worker turns to it only between two micro-batches.
-    fn form_allowance(&self) -> Duration {
-        let step = self.step_time.unwrap_or(self.config.timeouts.gather);
-        self.config.timeouts.form + step * 2
-    }
-
     // ---- Small questions -------------------------------------------------------------------
 
     fn group(&self) -> Group {
@@ -729,9 +320,9 @@ impl Coordinator {
             generation: self.ledger.generation,
             members: self.ledger.members.clone(),
             planned: self.ledger.planned,
-            checkpoint: self.ledger.checkpoints.last().copied(),
+            checkpoint: self.ledger.checkpoint_offered,
             checkpoint_at: self.checkpoint_at,
-            evaluated: self.ledger.evaluated,
+            evaluated: self.ledger.evaluated_before,
         }
     }
 
@@ -743,10 +334,6 @@ impl Coordinator {
 
     fn is_member(&self, worker: WorkerId) -> bool {
         self.ledger.members.iter().any(|member| member.worker == worker)
-    }
-
-    fn is_cut_off(&self, worker: WorkerId) -> bool {
-        self.workers.find(worker).is_none_or(|known| !known.session)
     }
 
     fn member_ids(&self) -> Vec<WorkerId> {
@@ -766,6 +353,10 @@ impl Coordinator {
 
     fn send(&mut self, worker: WorkerId, order: Order) {
         self.commands.push(Command::Send { worker, order });
+    }
+
+    fn close(&mut self, worker: WorkerId) {
+        self.commands.push(Command::Close { worker });
     }
 
     /// The leadership under which this coordinator speaks.

@@ -2,7 +2,7 @@
 //!
 //! **Invariant**: the ledger changes only by [`Ledger::apply`], so replaying the log rebuilds it.
 
-use crate::{Fingerprint, Generation, Member, Record, Step, Term};
+use crate::{Fingerprint, Generation, Member, Record, Step, Term, WorkerId};
 
 /// The durable part of the coordinator's state.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -19,14 +19,24 @@ pub struct Ledger {
     pub formed: bool,
     /// The newest generation that was formed, unless a loss has ended it: its results count.
     pub intact: Option<Generation>,
+    /// The members of the intact generation: whoever holds the newest state is among them.
+    pub intact_members: Vec<WorkerId>,
+    /// Members of the newest generation that have been lost since it was opened.
+    pub lost: Vec<WorkerId>,
     /// The newest step whose result the run has adopted.
     pub canonical: Step,
+    /// The newest step that was adopted from a generation before the newest.
+    pub inherited: Step,
     /// Steps computed more than once.
     pub repeated: u64,
     /// Steps whose checkpoint can be trusted, ascending.
     pub checkpoints: Vec<Step>,
+    /// The newest of them when the newest generation was opened: all its members are told the same.
+    pub checkpoint_offered: Option<Step>,
     /// The newest step that was evaluated.
     pub evaluated: Option<Step>,
+    /// The newest step that had been evaluated when the newest generation was opened.
+    pub evaluated_before: Option<Step>,
     /// What all workers must agree on.
     pub fingerprint: Option<Fingerprint>,
     /// How the run ended.
@@ -63,14 +73,32 @@ impl Ledger {
                 self.members.clone_from(members);
                 self.planned = *planned;
                 self.formed = false;
-                self.intact = self.intact.filter(|_| *planned);
+                self.lost.clear();
+                self.inherited = self.canonical;
+                self.checkpoint_offered = self.checkpoints.last().copied();
+                self.evaluated_before = self.evaluated;
+                if !planned {
+                    self.intact = None;
+                    self.intact_members.clear();
+                }
             }
             Record::GenerationFormed { generation, repeated, .. } => {
                 self.formed = true;
                 self.intact = Some(*generation);
+                self.intact_members = self.members.iter().map(|member| member.worker).collect();
                 self.repeated += repeated;
             }
-            Record::StepAdopted { step, .. } => self.canonical = *step,
+            Record::WorkerLost { worker, .. } => {
+                if self.members.iter().any(|member| member.worker == *worker) {
+                    self.lost.push(*worker);
+                }
+            }
+            Record::StepAdopted { step, generation, .. } => {
+                self.canonical = *step;
+                if *generation < self.generation {
+                    self.inherited = *step;
+                }
+            }
             Record::Evaluated { evaluation, .. } => self.evaluated = Some(evaluation.step),
             Record::CheckpointCommitted { step } => {
                 if let Err(place) = self.checkpoints.binary_search(step) {
@@ -87,7 +115,6 @@ impl Ledger {
             Record::RunCreated { .. }
             | Record::WorkerJoined { .. }
             | Record::WorkerRefused { .. }
-            | Record::WorkerLost { .. }
             | Record::ExchangeLost { .. }
             | Record::CheckpointAbandoned { .. } => {}
         }

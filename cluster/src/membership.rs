@@ -15,7 +15,8 @@ pub struct Worker {
     pub arrival: u64,
     /// When it last said something.
     pub heard: Timestamp,
-    /// Whether it has an open session.
+    /// Whether its session is open, as far as is known: a restored member counts as connected until
+    /// its lease is out.
     pub session: bool,
     /// Whether it was asked, or asks, to leave.
     pub draining: bool,
@@ -49,20 +50,19 @@ impl Membership {
 
     /// A newcomer opened a session.
     pub fn arrive(&mut self, now: Timestamp, worker: WorkerId, hello: &Hello) {
-        self.insert(now, worker, hello.name.clone(), hello.address.clone(), true);
+        self.insert(now, worker, hello.name.clone(), hello.address.clone());
     }
 
     /// A member of a restored generation, which has yet to come back.
     pub fn expect(&mut self, now: Timestamp, member: &Member) {
-        self.insert(now, member.worker, member.name.clone(), member.address.clone(), false);
+        self.insert(now, member.worker, member.name.clone(), member.address.clone());
     }
 
-    fn insert(&mut self, now: Timestamp, worker: WorkerId, name: String, address: String, s: bool) {
+    fn insert(&mut self, now: Timestamp, worker: WorkerId, name: String, address: String) {
         self.arrivals += 1;
         let arrival = self.arrivals;
-        let progress = None;
-        let held =
-            Worker { name, address, arrival, heard: now, session: s, draining: false, progress };
+        let (session, draining, progress) = (true, false, None);
+        let held = Worker { name, address, arrival, heard: now, session, draining, progress };
         self.workers.insert(worker, held);
     }
 
@@ -71,18 +71,18 @@ impl Membership {
         self.workers.remove(&worker)
     }
 
-    /// Workers that may belong to the next generation, oldest first.
+    /// All of them, oldest first.
     #[must_use]
-    pub fn eligible(&self) -> Vec<WorkerId> {
-        let mut eligible: Vec<_> = self.iter().filter(|(_, w)| !w.draining).collect();
-        eligible.sort_by_key(|(_, worker)| worker.arrival);
-        eligible.into_iter().map(|(id, _)| id).collect()
+    pub fn oldest_first(&self) -> Vec<(WorkerId, &Worker)> {
+        let mut workers: Vec<_> = self.iter().collect();
+        workers.sort_by_key(|(_, worker)| worker.arrival);
+        workers
     }
 
-    /// Counts no silence for time in which nobody could be heard, as the coordinator was not running.
-    pub fn forgive(&mut self, lag: Duration) {
+    /// Counts no silence until now, as nobody could be heard: the coordinator was not running.
+    pub fn forgive(&mut self, now: Timestamp) {
         for worker in self.workers.values_mut() {
-            worker.heard = worker.heard + lag;
+            worker.heard = now;
         }
     }
 

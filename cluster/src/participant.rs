@@ -52,6 +52,8 @@ pub enum State {
     Left,
     /// It has done the last step.
     Finished {
+        /// What it said when it had formed the generation.
+        formed: Report,
         /// What it said then.
         finished: Report,
     },
@@ -219,6 +221,9 @@ impl Participant {
 
     /// Takes one notice in. Notices of a generation that is over change nothing.
     pub fn handle(&mut self, notice: Notice) -> Vec<Action> {
+        if matches!(self.state, State::Gone) {
+            return Vec::new(); // What a trainer says while it is torn down is not news.
+        }
         match notice {
             Notice::Ordered { term, order } => self.ordered(term, order),
             Notice::Formed { generation, step, digest, begun, stopped_at, metrics } => {
@@ -299,7 +304,9 @@ impl Participant {
                 }
             }
             Order::Hold { generation } => {
-                if Some(generation) == self.newest {
+                let is_active =
+                    matches!(self.state, State::Forming { .. } | State::Training { .. });
+                if Some(generation) == self.newest && is_active {
                     self.abort_current();
                     self.broken(None);
                 }
@@ -318,7 +325,10 @@ impl Participant {
         match self.state.clone() {
             State::Training { formed, .. } => self.report(formed),
             State::Broken { lost: Some(lost) } => self.report(lost),
-            State::Finished { finished } => self.report(finished),
+            State::Finished { formed, finished } => {
+                self.report(formed);
+                self.report(finished);
+            }
             State::Outside
             | State::Forming { .. }
             | State::Broken { lost: None }
@@ -328,7 +338,7 @@ impl Participant {
     }
 
     fn form(&mut self, group: Group) {
-        if self.newest >= Some(group.generation) || matches!(self.state, State::Gone) {
+        if self.newest >= Some(group.generation) {
             return; // Said twice, or overtaken.
         }
         self.newest = Some(group.generation);
@@ -404,14 +414,15 @@ impl Participant {
     }
 
     fn finished(&mut self, generation: Generation, finished: Report) {
-        let State::Training { group, next, .. } = &mut self.state else { return };
+        let State::Training { group, formed, next } = &mut self.state else { return };
         if group.generation != generation {
             return;
         }
+        let formed = formed.clone();
         match next.take() {
             Some(next) => self.enter(next), // It does the end once more, with the new ones.
             None => {
-                self.state = State::Finished { finished: finished.clone() };
+                self.state = State::Finished { formed, finished: finished.clone() };
                 self.report(finished);
             }
         }

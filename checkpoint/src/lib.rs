@@ -1,0 +1,32 @@
+//! The durable state of a run: named byte sections in fixed parts, and a manifest that makes them a
+//! checkpoint.
+//!
+//! ```text
+//! <run>/checkpoints/step-0000000176/part-00000 …     put by the workers, each its share
+//!                                  /manifest.json    put last, by a conditional create
+//! ```
+//!
+//! A worker [`save_part`]s, the coordinator [`commit`]s what it was told, a worker opens a
+//! [`Checkpoint`] and reads it, and [`prune`] deletes what [`prunable`] names.
+//!
+//! **Invariants**: a step without a manifest is no checkpoint. A committed manifest is never
+//! overwritten, nor is a part of it by other bytes. The bytes of a part depend on the state only, not on
+//! how many workers wrote it.
+
+mod commit;
+mod layout;
+mod load;
+mod manifest;
+mod prune;
+mod save;
+mod store;
+
+pub use crate::{
+    commit::{CommitError, Committed, Created, commit, create},
+    layout::{Layout, LayoutError, Piece, Section, manifest_name, part_name},
+    load::{Checkpoint, Fault, LoadError, committed_steps, newest_intact},
+    manifest::{Difference, Digest, FORMAT, Manifest, ManifestFault, PartRecord},
+    prune::{prunable, prune},
+    save::{SaveError, save_part},
+    store::{OpenError, Store, StoreError},
+};

@@ -1,0 +1,7 @@
+//! Checkpoints from outside: what is saved is loaded, what is damaged is found, what is committed stays.
+#![expect(clippy::unwrap_used, reason = "what the tests share may panic as they do")]
+
+mod committing;
+mod damage;
+mod fixture;
+mod unreliable;

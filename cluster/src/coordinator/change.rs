@@ -1,0 +1,410 @@
+//! How the membership changes: who is lost, who is let go, and what opens a generation.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use super::{Coordinator, Formed, Phase};
+use crate::{
+    Generation, Member, Order, Progress, Rank, Record, StepPhase, Timestamp, WorkerId,
+    blocks::balanced_blocks,
+};
+
+impl Coordinator {
+    // ---- Workers go ------------------------------------------------------------------------
+
+    /// The session alone is not the worker: it may come back before its lease is out, unless its
+    /// peers have lost it as well.
+    pub(super) fn session_closed(&mut self, now: Timestamp, worker: WorkerId) {
+        let Some(known) = self.workers.find_mut(worker) else { return };
+        known.session = false;
+        let left = known.draining;
+        let is_suspected = match &self.phase {
+            Phase::Training { suspicion } => suspicion.is_some(),
+            Phase::Forming { blamed, .. } => blamed.contains_key(&worker),
+            Phase::Gathering { .. } | Phase::Ended => false,
+        };
+        if !self.is_member(worker) {
+            let cause =
+                if left { "it left as asked" } else { "its session closed while it stood by" };
+            self.workers_lost(now, &[worker], cause);
+        } else if is_suspected {
+            self.workers_lost(now, &[worker], "its peers lost it and its session closed");
+        }
+    }
+
+    /// A worker is gone: an exit, a silent lease, and a peer's report all end here.
+    ///
+    /// If a member of the newest generation is gone, its survivors get a new one at once, so that a
+    /// late message of the lost worker carries an old one and is refused.
+    pub(super) fn workers_lost(&mut self, now: Timestamp, lost: &[WorkerId], cause: &str) {
+        let mut names = Vec::new();
+        let mut trained = false;
+        for &worker in lost {
+            let Some(known) = self.workers.remove(worker) else {
+                continue; // Its lease, its supervisor and its peers all report the same death.
+            };
+            let name = known.name.clone();
+            self.record(Record::WorkerLost { worker, name, cause: cause.to_owned() });
+            let reason = format!("the run went on without this worker: {cause}");
+            self.send(worker, Order::Refuse { reason });
+            self.close(worker);
+            trained |= self.ledger.intact_members.contains(&worker);
+            if self.is_member(worker) {
+                names.push(known.name);
+            }
+        }
+        if !names.is_empty() {
+            // A newcomer that dies before the others have left for it costs them nothing.
+            let planned = !self.turned && !trained;
+            self.open_generation(now, planned, &format!("{} was lost", names.join(", ")));
+        } else if trained {
+            self.members_turn(now); // It was on its way out, and may keep the others waiting.
+        }
+    }
+
+    /// A worker is to leave without loss: with the next planned change, or at once if it has no part.
+    pub(super) fn drain(&mut self, worker: WorkerId) {
+        let Some(known) = self.workers.find_mut(worker) else { return };
+        known.draining = true;
+        if !self.is_member(worker) && !self.ledger.intact_members.contains(&worker) {
+            self.send(worker, Order::Form(self.group()));
+        }
+    }
+
+    // ---- Generations form and break --------------------------------------------------------
+
+    pub(super) fn formed(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        generation: Generation,
+        said: Formed,
+    ) {
+        if !self.is_member(worker) {
+            return;
+        }
+        if generation < self.ledger.generation && Some(generation) > self.ledger.intact {
+            return self.formed_after_all(now);
+        }
+        if generation != self.ledger.generation {
+            return;
+        }
+        self.members_turn(now);
+        let Phase::Forming { formed, .. } = &mut self.phase else { return };
+        formed.insert(worker, said);
+        if formed.len() < self.ledger.members.len() {
+            return;
+        }
+        let formed = std::mem::take(formed);
+        let states: BTreeSet<_> = formed.values().map(|f| (f.step, f.digest.clone())).collect();
+        let Some((step, digest)) = states.first().filter(|_| states.len() == 1).cloned() else {
+            let shown: Vec<_> = formed
+                .iter()
+                .map(|(w, f)| format!("{} {} {}", self.name(*w), f.step, f.digest))
+                .collect();
+            return self.fail(&format!(
+                "the members of generation {generation} hold different states: {}",
+                shown.join(", ")
+            ));
+        };
+        let begun = formed.values().map(|f| f.begun).max().unwrap_or_default();
+        let repeated = begun.max(self.ledger.inherited).0.saturating_sub(step.0);
+        let stopped_at = formed.values().filter_map(|f| f.stopped_at).max();
+        self.record(Record::GenerationFormed { generation, step, digest, repeated, stopped_at });
+        let metrics = formed.values().find_map(|f| f.metrics);
+        self.adopt(generation, step, metrics, None);
+        self.troubled_since = None;
+        let is_broken = !self.stopped.is_empty(); // It broke before the last had said it stood.
+        let suspicion = is_broken.then(|| now + self.config.timeouts.suspicion);
+        self.phase = Phase::Training { suspicion };
+        self.finish_if_complete(now);
+    }
+
+    /// A generation that was given up for the loss of a newcomer had been formed with it before: its
+    /// members wait for a common step that the newcomer cannot do any more.
+    fn formed_after_all(&mut self, now: Timestamp) {
+        if self.ledger.intact.is_some() && matches!(self.phase, Phase::Forming { .. }) {
+            self.open_generation(now, false, "the lost newcomer had been training already");
+        }
+    }
+
+    pub(super) fn form_failed(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        generation: Generation,
+        peer: Option<Rank>,
+        reason: &str,
+    ) {
+        if generation == self.ledger.generation && self.is_member(worker) {
+            let cause = format!("its peers could not reach it: {reason}");
+            self.member_stopped(now, worker, peer, &cause);
+        }
+    }
+
+    pub(super) fn exchange_lost(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        generation: Generation,
+        peer: Option<Rank>,
+        reason: String,
+        stopped_at: Timestamp,
+    ) {
+        let is_known = self.stopped.contains(&worker);
+        if generation != self.ledger.generation || !self.is_member(worker) || is_known {
+            return; // The news that ended it came first.
+        }
+        let blamed = peer.and_then(|rank| self.ledger.members.get(rank.0 as usize));
+        let peer_name = blamed.map(|peer| peer.name.clone());
+        let record =
+            Record::ExchangeLost { worker, generation, peer: peer_name, reason, stopped_at };
+        self.record(record);
+        self.member_stopped(now, worker, peer, "its peers lost it and its session is closed");
+    }
+
+    /// A member has stopped, so its generation is over: without whom to go on is decided as soon as
+    /// there is evidence, or when none has come for a while.
+    fn member_stopped(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        peer: Option<Rank>,
+        cause: &str,
+    ) {
+        if !self.stopped.insert(worker) {
+            return; // Said twice.
+        }
+        self.turned |= self.ledger.intact_members.contains(&worker);
+        let patience = now + self.config.timeouts.suspicion;
+        let peer = peer.and_then(|rank| self.ledger.members.get(rank.0 as usize));
+        let peer = peer.map(|peer| peer.worker);
+        match &mut self.phase {
+            Phase::Training { suspicion } => {
+                suspicion.get_or_insert(patience);
+            }
+            Phase::Forming { blamed, deadline, .. } => {
+                self.troubled_since.get_or_insert(now);
+                *deadline = Some(deadline.map_or(patience, |deadline| deadline.min(patience)));
+                if let Some(peer) = peer {
+                    *blamed.entry(peer).or_default() += 1;
+                }
+            }
+            Phase::Gathering { .. } | Phase::Ended => return,
+        }
+        if let Some(peer) = peer
+            && self.is_cut_off(peer)
+        {
+            self.workers_lost(now, &[peer], cause);
+        }
+    }
+
+    // ---- Time ------------------------------------------------------------------------------
+
+    pub(super) fn deadlines_passed(&mut self, now: Timestamp) {
+        if matches!(self.phase, Phase::Ended) {
+            return;
+        }
+        let lease = self.config.timeouts.lease;
+        let silent = self.workers.expired(now, lease);
+        self.workers_lost(now, &silent, &format!("it said nothing for {lease:?}"));
+        match &self.phase {
+            Phase::Forming { deadline: Some(deadline), formed, blamed } if *deadline <= now => {
+                let late = self.late_members(now, formed, blamed);
+                if late.is_empty() {
+                    let planned = !self.turned;
+                    self.open_generation(
+                        now,
+                        planned,
+                        "the generation could not be formed in time",
+                    );
+                } else {
+                    self.troubled_since = None;
+                    self.workers_lost(now, &late, "it did not form the generation in time");
+                }
+            }
+            Phase::Training { suspicion: Some(deadline) } if *deadline <= now => {
+                let gone = self.cut_off_members();
+                if gone.is_empty() {
+                    self.open_generation(now, false, "an exchange broke and all members are there");
+                }
+                self.workers_lost(now, &gone, "its peers lost it and its session is closed");
+            }
+            Phase::Gathering { .. }
+            | Phase::Forming { .. }
+            | Phase::Training { .. }
+            | Phase::Ended => {}
+        }
+    }
+
+    /// A coordinator that was called later than it asked to be was not running, and heard nobody:
+    /// all waits begin anew.
+    pub(super) fn forgive_own_sleep(&mut self, now: Timestamp) {
+        let lag = self.next_deadline().map_or(Duration::ZERO, |deadline| now.since(deadline));
+        if lag <= self.config.timeouts.heartbeat {
+            return;
+        }
+        self.workers.forgive(now);
+        let form = now + self.form_allowance();
+        match &mut self.phase {
+            Phase::Forming { deadline: Some(deadline), .. } => *deadline = form.max(*deadline),
+            Phase::Training { suspicion: Some(deadline) } => {
+                *deadline = now + self.config.timeouts.suspicion;
+            }
+            Phase::Gathering { .. }
+            | Phase::Forming { .. }
+            | Phase::Training { .. }
+            | Phase::Ended => {}
+        }
+    }
+
+    /// Whom to go on without when a generation is not formed in time.
+    ///
+    /// If nobody has complained, those that did not form it although others did. If members have
+    /// stopped, those that are cut off; if there are none, it is tried again with all, until the
+    /// trouble has lasted so long that whom most could not reach has to go.
+    fn late_members(
+        &self,
+        now: Timestamp,
+        formed: &BTreeMap<WorkerId, Formed>,
+        blamed: &BTreeMap<WorkerId, u32>,
+    ) -> Vec<WorkerId> {
+        let Some(since) = self.troubled_since.filter(|_| !self.stopped.is_empty()) else {
+            let late = self.member_ids().into_iter().filter(|worker| !formed.contains_key(worker));
+            return if formed.is_empty() { Vec::new() } else { late.collect() };
+        };
+        let gone = self.cut_off_members();
+        let is_hopeless = now.since(since) >= self.config.timeouts.form;
+        if gone.is_empty() && is_hopeless {
+            let most = blamed.iter().max_by_key(|&(worker, count)| (*count, *worker));
+            return most.map(|(&worker, _)| worker).into_iter().collect();
+        }
+        gone
+    }
+
+    /// From a heartbeat: a member of the intact generation has left it for the newest one.
+    pub(super) fn heard_progress(&mut self, now: Timestamp, worker: WorkerId, progress: Progress) {
+        let has_turned =
+            progress.generation == self.ledger.generation && progress.phase == StepPhase::Form;
+        if has_turned && self.ledger.intact_members.contains(&worker) {
+            self.members_turn(now);
+        }
+    }
+
+    /// The generation before is over, so from now on the members of the newest are waited for.
+    fn members_turn(&mut self, now: Timestamp) {
+        self.turned = true;
+        let allowance = self.form_allowance();
+        if let Phase::Forming { deadline: deadline @ None, .. } = &mut self.phase {
+            *deadline = Some(now + allowance);
+        }
+    }
+
+    /// How long forming may take: a worker turns to it only between two micro-batches.
+    fn form_allowance(&self) -> Duration {
+        let step = self.step_time.unwrap_or(self.config.timeouts.gather);
+        self.config.timeouts.form + step * 2
+    }
+
+    // ---- The next generation ---------------------------------------------------------------
+
+    /// Opens a generation when the one that should be differs from the one that is.
+    pub(super) fn reconsider_membership(&mut self, now: Timestamp) {
+        match &self.phase {
+            Phase::Gathering { since } => {
+                let available = self.next_members(false).len();
+                let patience_is_out = *since + self.config.timeouts.gather <= now;
+                let enough = available >= self.config.workers_expected as usize
+                    || (available >= self.config.workers_min as usize
+                        && (patience_is_out || self.ledger.generation > Generation(0)));
+                if enough {
+                    self.open_generation(now, false, "enough workers are there");
+                }
+            }
+            Phase::Training { suspicion: None } => {
+                let wanted = self.next_members(true);
+                let members = self.member_ids();
+                let joining = wanted.iter().find(|worker| !members.contains(worker));
+                let leaving = members.iter().find(|worker| !wanted.contains(worker));
+                let reason = match (joining, leaving) {
+                    (None, None) => return,
+                    (Some(&worker), _) => format!("{} joins", self.name(worker)),
+                    (None, Some(&worker)) => format!("{} leaves", self.name(worker)),
+                };
+                self.open_generation(now, true, &reason);
+            }
+            Phase::Training { suspicion: Some(_) } | Phase::Forming { .. } | Phase::Ended => {}
+        }
+    }
+
+    /// Who belongs to the next generation, oldest first.
+    ///
+    /// A worker that wants to leave stays until a planned change in which enough others stay and one
+    /// of them holds the state too: otherwise the newest state would leave with it.
+    pub(super) fn next_members(&self, planned: bool) -> Vec<WorkerId> {
+        let workers = self.workers.oldest_first();
+        let holds = |worker: &WorkerId| self.ledger.intact_members.contains(worker);
+        let has_part = |worker: &WorkerId| self.is_member(*worker) || holds(worker);
+        let staying = || workers.iter().filter(|(_, worker)| !worker.draining);
+        let can_let_go = planned
+            && staying().count() >= self.config.workers_min as usize
+            && staying().any(|(worker, _)| holds(worker));
+        let wanted = workers.iter().filter(|(id, w)| !w.draining || (!can_let_go && has_part(id)));
+        let mut wanted: Vec<_> = wanted.map(|(worker, _)| *worker).collect();
+        wanted.truncate(self.config.workers_taken(wanted.len()));
+        wanted
+    }
+
+    /// Opens the next generation with all that are there, or holds the survivors if they are too few.
+    pub(super) fn open_generation(&mut self, now: Timestamp, planned: bool, reason: &str) {
+        if matches!(self.phase, Phase::Ended) {
+            return;
+        }
+        let before = self.member_ids();
+        let wanted = self.next_members(planned);
+        self.finished.clear();
+        if !planned {
+            self.abandon(|_, saving| !saving.committing, "the generation that wrote it ended");
+        }
+        if wanted.len() < self.config.workers_min as usize {
+            let generation = self.ledger.generation;
+            for worker in before {
+                self.send(worker, Order::Hold { generation });
+            }
+            self.phase = Phase::Gathering { since: now };
+            return;
+        }
+        let blocks = balanced_blocks(
+            self.config.virtual_ranks,
+            u32::try_from(wanted.len()).expect("N <= V"),
+        );
+        let members = wanted.iter().zip(blocks).map(|(&worker, block)| {
+            let known = self.workers.find(worker).expect("only known workers are wanted");
+            Member { worker, name: known.name.clone(), address: known.address.clone(), block }
+        });
+        let members: Vec<_> = members.collect();
+        let generation = self.ledger.generation.next();
+        let reason = reason.to_owned();
+        self.checkpoint_at = self.next_checkpoint(self.ledger.canonical);
+        self.stopped.clear();
+        self.turned = !planned;
+        self.record(Record::GenerationOpened { generation, members, planned, reason });
+        let deadline = (!planned).then(|| now + self.form_allowance());
+        self.phase = Phase::Forming { formed: BTreeMap::new(), blamed: BTreeMap::new(), deadline };
+        let told: BTreeSet<_> = before.into_iter().chain(wanted).collect();
+        for worker in told {
+            self.send(worker, Order::Form(self.group()));
+        }
+    }
+
+    /// Whether nobody is there in a worker's place: it is given up, or its session is closed.
+    fn is_cut_off(&self, worker: WorkerId) -> bool {
+        self.workers.find(worker).is_none_or(|known| !known.session)
+    }
+
+    fn cut_off_members(&self) -> Vec<WorkerId> {
+        self.member_ids().into_iter().filter(|&worker| self.is_cut_off(worker)).collect()
+    }
+}

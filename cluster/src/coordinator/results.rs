@@ -1,0 +1,178 @@
+//! What the run has to show: steps adopted, states kept, and its end.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Coordinator, Phase, Saving};
+use crate::{
+    Command, Generation, Order, Outcome, Record, Share, Step, StepMetrics, Timestamp, WorkerId,
+};
+
+impl Coordinator {
+    /// Takes the results up to `step` as the run's. Figures are known for the last of them only.
+    pub(super) fn adopt(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        metrics: Option<StepMetrics>,
+        applied_at: Option<Timestamp>,
+    ) {
+        while self.ledger.canonical < step {
+            let next = self.ledger.canonical.next();
+            let is_last = next == step;
+            self.record(Record::StepAdopted {
+                step: next,
+                generation,
+                metrics: metrics.filter(|_| is_last),
+                applied_at: applied_at.filter(|_| is_last),
+            });
+        }
+        if self.checkpoint_at.is_some_and(|at| at <= step) {
+            self.rename_checkpoint(step.next());
+        }
+    }
+
+    // ---- Checkpoints -----------------------------------------------------------------------
+
+    /// Names the next state to keep, and tells the members if that is news.
+    fn rename_checkpoint(&mut self, from: Step) {
+        let next = self.next_checkpoint(from);
+        if next == self.checkpoint_at {
+            return;
+        }
+        self.checkpoint_at = next;
+        if let Some(step) = next {
+            let generation = self.ledger.generation;
+            for worker in self.member_ids() {
+                self.send(worker, Order::CheckpointAt { generation, step });
+            }
+        }
+    }
+
+    pub(super) fn next_checkpoint(&self, from: Step) -> Option<Step> {
+        let mut step = self.config.next_checkpoint(from)?;
+        while self.ledger.checkpoints.binary_search(&step).is_ok() {
+            step = self.config.next_checkpoint(step.next())?;
+        }
+        Some(step)
+    }
+
+    pub(super) fn share_written(&mut self, generation: Generation, share: Share) {
+        let committed = self.ledger.checkpoints.binary_search(&share.step).is_ok();
+        // A share may be longer on its way than its generation lasts.
+        let is_awaited = self.saving.get(&share.step).is_some_and(|s| s.generation == generation);
+        if committed || !(self.is_current(generation) || is_awaited) {
+            return;
+        }
+        let saving = self.saving.entry(share.step).or_insert_with(|| Saving {
+            generation,
+            parts: BTreeMap::new(),
+            committing: false,
+        });
+        for part in share.parts {
+            let held = saving.parts.entry(part.index).or_insert_with(|| part.clone());
+            if *held != part {
+                let step = share.step;
+                let index = part.index;
+                return self.fail(&format!(
+                    "two workers wrote different bytes for part {index} of checkpoint {step}: the \
+                     state is not the same everywhere; compare their logs and machines"
+                ));
+            }
+        }
+        if !saving.committing && saving.parts.len() == share.parts_total as usize {
+            saving.committing = true;
+            let parts = saving.parts.values().cloned().collect();
+            self.commands.push(Command::CommitCheckpoint {
+                generation: saving.generation,
+                step: share.step,
+                parts,
+                part_bytes: share.part_bytes,
+                sections: share.sections,
+            });
+        }
+    }
+
+    pub(super) fn checkpoint_committed(&mut self, now: Timestamp, step: Step) {
+        if self.ledger.checkpoints.binary_search(&step).is_ok() {
+            return;
+        }
+        self.record(Record::CheckpointCommitted { step });
+        self.saving.remove(&step);
+        self.abandon(|older, _| older < step, "a newer one was complete first");
+        self.finish_if_complete(now);
+    }
+
+    pub(super) fn commit_failed(&mut self, step: Step, reason: &str) {
+        if self.saving.get(&step).is_some_and(|saving| saving.committing) {
+            self.checkpoint_failed(step, reason);
+        }
+    }
+
+    pub(super) fn checkpoint_failed(&mut self, step: Step, reason: &str) {
+        self.saving.remove(&step);
+        self.record(Record::CheckpointAbandoned { step, reason: reason.to_owned() });
+        if step == self.config.steps_total {
+            self.fail(&format!("the final checkpoint could not be written: {reason}"));
+        }
+    }
+
+    pub(super) fn abandon(&mut self, which: impl Fn(Step, &Saving) -> bool, reason: &str) {
+        let given_up = self.saving.iter().filter(|&(&step, saving)| which(step, saving));
+        let given_up: Vec<_> = given_up.map(|(&step, _)| step).collect();
+        for step in given_up {
+            self.saving.remove(&step);
+            self.record(Record::CheckpointAbandoned { step, reason: reason.to_owned() });
+        }
+    }
+
+    // ---- The end ---------------------------------------------------------------------------
+
+    pub(super) fn finish_if_complete(&mut self, now: Timestamp) {
+        let step = self.config.steps_total;
+        let kept = self.ledger.checkpoints.binary_search(&step).is_ok();
+        let all_said = self.finished.len() == self.ledger.members.len();
+        if !all_said || !self.ledger.formed || self.ledger.outcome.is_some() {
+            return;
+        }
+        if !kept {
+            // Shares are written before the end is said; a coordinator that was restarted meanwhile
+            // has not heard of all of them.
+            if !self.saving.get(&step).is_some_and(|saving| saving.committing) {
+                self.open_generation(now, false, "the final checkpoint has to be written again");
+            }
+            return;
+        }
+        let digests: BTreeSet<_> = self.finished.values().cloned().collect();
+        let Some(state_sha256) = digests.first().filter(|_| digests.len() == 1).cloned() else {
+            let said: Vec<_> =
+                self.finished.iter().map(|(w, d)| format!("{} {d}", self.name(*w))).collect();
+            return self.fail(&format!("the final states differ: {}", said.join(", ")));
+        };
+        self.record(Record::RunFinished { step, state_sha256 });
+        self.end();
+    }
+
+    pub(super) fn fail(&mut self, reason: &str) {
+        if self.ledger.outcome.is_none() {
+            self.record(Record::RunFailed { reason: reason.to_owned() });
+            self.end();
+        }
+    }
+
+    fn end(&mut self) {
+        self.phase = Phase::Ended;
+        let outcome = self.ledger.outcome.clone().expect("the outcome was recorded just before");
+        let everybody: Vec<_> = self.workers.iter().map(|(worker, _)| worker).collect();
+        for worker in everybody {
+            self.tell_outcome(worker, &outcome);
+        }
+    }
+
+    pub(super) fn tell_outcome(&mut self, worker: WorkerId, outcome: &Outcome) {
+        let order = match outcome.clone() {
+            Outcome::Finished { step, state_sha256 } => Order::Finish { step, state_sha256 },
+            Outcome::Failed { reason } => Order::Fail { reason },
+        };
+        self.send(worker, order);
+    }
+}

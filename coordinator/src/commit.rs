@@ -1,0 +1,105 @@
+//! Commits manifests in the background and prunes what is no longer needed.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use checkpoint::{Digest, Manifest, PartRecord, Section, Store};
+use cluster::{Epoch, Event, Fingerprint, Generation, Part, Record, Step, Term, Timestamp};
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use crate::{Config, Entry, StartError, host::Input};
+
+/// Writes manifests, one task each.
+#[derive(Debug)]
+pub(crate) struct Committer {
+    config: Arc<Config>,
+    store: Store,
+    committed: BTreeSet<Step>,
+    inputs: mpsc::Sender<Input>,
+}
+
+impl Committer {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        entries: &[Entry],
+        inputs: mpsc::Sender<Input>,
+    ) -> Result<Self, StartError> {
+        let store = Store::create(&config.checkpoints)
+            .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
+        let committed = entries.iter().filter_map(|entry| match entry.record {
+            Record::CheckpointCommitted { step } => Some(step),
+            _ => None,
+        });
+        Ok(Self { committed: committed.collect(), store, inputs, config })
+    }
+
+    /// Commits a checkpoint whose parts are in the store; the outcome comes back as an event.
+    pub(crate) fn commit(
+        &mut self,
+        (term, generation, step): (Term, Generation, Step),
+        fingerprint: Fingerprint,
+        parts: Vec<Part>,
+        (part_bytes, sections): (u64, Vec<(String, u64)>),
+        created: Timestamp,
+    ) {
+        let mut records = Vec::with_capacity(parts.len());
+        for part in parts {
+            let Ok(blake3) = Digest::try_from(part.digest) else {
+                let reason = format!("the digest of part {} is not one", part.index);
+                return self.report(Event::CheckpointFailed { step, reason });
+            };
+            records.push(PartRecord { index: part.index, bytes: part.bytes, blake3 });
+        }
+        let attempt = format!("{}/{term}/{generation}/{step}/{}", self.config.token, created.0);
+        let manifest = Manifest {
+            run: self.config.run.run.clone(),
+            step,
+            epoch: Epoch(step.0 / self.config.run.steps_per_epoch),
+            term,
+            generation,
+            sections: sections.into_iter().map(|(name, bytes)| Section { name, bytes }).collect(),
+            part_bytes,
+            parts: records,
+            state_sha256: None,
+            recipe: self.config.recipe.clone(),
+            fingerprint: fingerprint.0,
+            software: self.config.software.clone(),
+            created,
+            nonce: blake3::hash(attempt.as_bytes()).to_hex().to_string(),
+        };
+        self.committed.insert(step);
+        let verified: Vec<_> = self.committed.iter().copied().collect();
+        let outdated = checkpoint::prunable(&verified, self.config.keep);
+        self.committed.retain(|step| !outdated.contains(step));
+        tokio::spawn(carry_out(self.store.clone(), manifest, outdated, self.inputs.clone()));
+    }
+
+    fn report(&self, event: Event) {
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            drop(inputs.send(Input::Cluster(event)).await); // The host may have ended.
+        });
+    }
+}
+
+async fn carry_out(
+    store: Store,
+    manifest: Manifest,
+    outdated: Vec<Step>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let step = manifest.step;
+    let event = match checkpoint::commit(&store, &manifest).await {
+        Ok(_) => Event::CheckpointCommitted { step },
+        Err(error) => Event::CheckpointFailed { step, reason: error.to_string() },
+    };
+    let is_committed = matches!(event, Event::CheckpointCommitted { .. });
+    drop(inputs.send(Input::Cluster(event)).await); // The host may have ended.
+    if is_committed {
+        for step in outdated {
+            if let Err(error) = checkpoint::prune(&store, step).await {
+                warn!(%step, error = %error, "an old checkpoint could not be pruned");
+            }
+        }
+    }
+}

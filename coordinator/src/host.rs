@@ -1,0 +1,347 @@
+//! The one task that owns the machine.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use cluster::{
+    Command, Coordinator, Event, Generation, Hello, Outcome, Record, Report, Timestamp, WorkerId,
+};
+use proto::v1;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    time::sleep,
+};
+use tracing::{debug, info, warn};
+
+use crate::{
+    Config, Entry, EventLog, StartError,
+    commit::Committer,
+    rpc,
+    watch::{self, Publisher},
+};
+
+/// Inputs that wait for the host at most; a sender beyond that waits.
+const INPUTS_MAX: usize = 1024;
+/// Inputs that share one sync of the log.
+const BATCH_MAX: usize = 256;
+/// Orders that a worker may leave unread before its session is cut.
+pub(crate) const ORDERS_MAX: usize = 256;
+/// How long the end of a run waits for sessions and watchers to have heard of it.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+/// What the services hand to the host.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// A worker opened a session.
+    Opened { worker: WorkerId, hello: Hello, orders: mpsc::Sender<v1::SessionResponse> },
+    /// A worker reported. Heartbeats have sequence 0.
+    Said { worker: WorkerId, sequence: u64, report: Report },
+    /// A session ended; only the worker's newest counts.
+    Closed { worker: WorkerId, orders: mpsc::Sender<v1::SessionResponse> },
+    /// A supervisor saw a process end.
+    Exited { worker: WorkerId, how: String },
+    /// Somebody wants a worker, by name, to leave.
+    Drain { name: String, found: oneshot::Sender<bool> },
+    /// The entries of the log from a place on.
+    Read { from: u64, entries: oneshot::Sender<Vec<Entry>> },
+    /// Something the committer learnt.
+    Cluster(Event),
+}
+
+struct Session {
+    orders: mpsc::Sender<v1::SessionResponse>,
+    heard: u64,
+    acknowledged: u64,
+}
+
+struct Host {
+    config: Arc<Config>,
+    coordinator: Coordinator,
+    log: EventLog,
+    sessions: BTreeMap<WorkerId, Session>,
+    publisher: Publisher,
+    committer: Committer,
+    welcome: v1::Welcome,
+    clock: Clock,
+}
+
+/// Serves a run on `listener` until it has ended and everybody has heard of it.
+///
+/// # Errors
+/// [`StartError`] if the log, the store or the network cannot be used.
+pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, StartError> {
+    let config = Arc::new(config);
+    let log = EventLog::open(&config.log)?;
+    let entries = log.read_from(1)?;
+    check_run(&config, &entries)?;
+    let clock = Clock::not_before(entries.last().map(|entry| entry.at));
+    let records = entries.iter().map(|entry| &entry.record);
+    let coordinator = Coordinator::restore(clock.now(), config.run.clone(), records);
+    let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
+    let (publisher, subscriber) = watch::channel();
+    let host = Host {
+        committer: Committer::new(Arc::clone(&config), &entries, inputs.clone())?,
+        welcome: welcome(&config),
+        coordinator,
+        log,
+        sessions: BTreeMap::new(),
+        publisher,
+        clock,
+        config: Arc::clone(&config),
+    };
+    info!(run = %config.run.run, term = %host.coordinator.term(), "coordinating");
+    let (ended, end) = oneshot::channel();
+    let server = tokio::spawn(rpc::serve(Arc::clone(&config), listener, inputs, subscriber, end));
+    let outcome = host.run(receiver).await?;
+    drop(ended);
+    if let Err(error) = server.await.unwrap_or(Ok(())) {
+        warn!(error = %error, "the server did not stop in order");
+    }
+    Ok(outcome)
+}
+
+fn check_run(config: &Config, entries: &[Entry]) -> Result<(), StartError> {
+    match entries.first().map(|entry| &entry.record) {
+        Some(Record::RunCreated { config: found }) if found.run != config.run.run => {
+            Err(StartError::OtherRun {
+                path: config.log.clone(),
+                found: found.run.to_string(),
+                wanted: config.run.run.to_string(),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn welcome(config: &Config) -> v1::Welcome {
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    v1::Welcome {
+        recipe: config.recipe.clone(),
+        heartbeat_ms: millis(config.run.timeouts.heartbeat),
+        form_ms: millis(config.run.timeouts.form),
+        checkpoints: config.checkpoints.clone(),
+        steps_total: config.run.steps_total.0,
+        steps_per_epoch: config.run.steps_per_epoch,
+    }
+}
+
+/// What opens the connections between the members of a generation: only those that the coordinator
+/// told of it can know it.
+pub(crate) fn generation_secret(config: &Config, generation: Generation) -> [u8; 32] {
+    let key = blake3::derive_key("percheron 2026 peer connections", config.token.as_bytes());
+    let text = format!("{}/{generation}", config.run.run);
+    *blake3::keyed_hash(&key, text.as_bytes()).as_bytes()
+}
+
+impl Host {
+    /// Takes inputs in until the run has ended; returns how.
+    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<Outcome, StartError> {
+        // The first call carries out what `restore` decided: the new term becomes durable.
+        self.handle(vec![Event::DeadlineReached])?;
+        let mut farewell: Option<Instant> = None;
+        let mut batch = Vec::new();
+        loop {
+            if self.coordinator.ledger().outcome.is_some() {
+                let end = *farewell.get_or_insert_with(|| Instant::now() + FAREWELL);
+                if self.sessions.is_empty() || end <= Instant::now() {
+                    break;
+                }
+            }
+            let patience = self.patience(farewell);
+            tokio::select! {
+                biased; // What was said counts before what was not.
+                count = inputs.recv_many(&mut batch, BATCH_MAX) => {
+                    if count == 0 {
+                        break;
+                    }
+                }
+                () = sleep(patience) => {}
+            }
+            let mut events: Vec<_> =
+                batch.drain(..).filter_map(|input| self.event_of(input)).collect();
+            events.push(Event::DeadlineReached);
+            self.handle(events)?;
+            self.acknowledge();
+            self.publisher.liveness(&self.coordinator);
+        }
+        Ok(self.coordinator.ledger().outcome.clone().unwrap_or_else(|| Outcome::Failed {
+            reason: "the coordinator was stopped before the run had ended".to_owned(),
+        }))
+    }
+
+    /// How long nothing may happen until the machine must be called again.
+    fn patience(&self, farewell: Option<Instant>) -> Duration {
+        let now = self.clock.now();
+        let machine = self.coordinator.next_deadline().map(|deadline| deadline.since(now));
+        let end = farewell.map(|end| end.saturating_duration_since(Instant::now()));
+        machine.into_iter().chain(end).min().unwrap_or(Duration::from_secs(60))
+    }
+
+    /// Turns an input into what happened, for the machine; keeps the host's own books.
+    fn event_of(&mut self, input: Input) -> Option<Event> {
+        match input {
+            Input::Opened { worker, hello, orders } => {
+                let session = Session { orders, heard: 0, acknowledged: 0 };
+                self.sessions.insert(worker, session);
+                Some(Event::WorkerJoined { worker, hello })
+            }
+            Input::Said { worker, sequence, report } => {
+                let session = self.sessions.get_mut(&worker)?;
+                session.heard = session.heard.max(sequence);
+                Some(Event::Reported { worker, report })
+            }
+            Input::Closed { worker, orders } => {
+                let session = self.sessions.get(&worker)?;
+                if !session.orders.same_channel(&orders) {
+                    return None; // It has opened another since.
+                }
+                self.sessions.remove(&worker);
+                Some(Event::SessionClosed { worker })
+            }
+            Input::Exited { worker, how } => Some(Event::ProcessExited { worker, how }),
+            Input::Drain { name, found } => {
+                let worker = self.coordinator.workers().iter().find(|(_, w)| w.name == name);
+                let worker = worker.map(|(id, _)| id);
+                drop(found.send(worker.is_some())); // Whoever asked may be gone.
+                worker.map(|worker| Event::DrainRequested { worker })
+            }
+            Input::Read { from, entries } => {
+                match self.log.read_from(from) {
+                    Ok(found) => drop(entries.send(found)),
+                    Err(error) => warn!(error = %error, "a watcher could not be served"),
+                }
+                None
+            }
+            Input::Cluster(event) => Some(event),
+        }
+    }
+
+    /// Lets the machine handle events, makes its records durable, then lets the rest take effect.
+    fn handle(&mut self, events: Vec<Event>) -> Result<(), StartError> {
+        let now = self.clock.now();
+        let commands: Vec<_> =
+            events.into_iter().flat_map(|event| self.coordinator.handle(now, event)).collect();
+        let records: Vec<_> = commands
+            .iter()
+            .filter_map(|command| match command {
+                Command::Append(record) => Some(record.clone()),
+                Command::Send { .. } | Command::Close { .. } | Command::CommitCheckpoint { .. } => {
+                    None
+                }
+            })
+            .collect();
+        if !records.is_empty() {
+            let log = &mut self.log;
+            let entries = tokio::task::block_in_place(|| log.append(now, &records))?;
+            entries.iter().for_each(tell);
+            self.publisher.entries(&entries);
+        }
+        for command in commands {
+            self.carry_out(command);
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::Append(_) => {} // Durable by now.
+            Command::Send { worker, order } => {
+                let Some(session) = self.sessions.get(&worker) else {
+                    return; // It will be told when it comes back.
+                };
+                debug!(%worker, ?order, "order");
+                let secret = |generation| generation_secret(&self.config, generation);
+                let run = self.config.run.run.as_str();
+                let term = self.coordinator.term();
+                let response = proto::order_to_response(run, term, order, &self.welcome, secret);
+                if session.orders.try_send(response).is_err() {
+                    warn!(%worker, "a worker does not read its orders; its session is cut");
+                    self.sessions.remove(&worker);
+                }
+            }
+            Command::Close { worker } => drop(self.sessions.remove(&worker)),
+            Command::CommitCheckpoint { generation, step, parts, part_bytes, sections } => {
+                let term = self.coordinator.term();
+                let fingerprint = self.coordinator.ledger().fingerprint.clone().unwrap_or_default();
+                self.committer.commit(
+                    (term, generation, step),
+                    fingerprint,
+                    parts,
+                    (part_bytes, sections),
+                    self.clock.now(),
+                );
+            }
+        }
+    }
+
+    /// Lets workers forget what has had its effect.
+    fn acknowledge(&mut self) {
+        let (run, term) = (self.config.run.run.to_string(), self.coordinator.term().0);
+        for session in self.sessions.values_mut() {
+            if session.heard > session.acknowledged {
+                let ack = v1::Ack { sequence: session.heard };
+                let kind = Some(v1::session_response::Kind::Ack(ack));
+                let response = v1::SessionResponse { run: run.clone(), term, kind };
+                if session.orders.try_send(response).is_ok() {
+                    session.acknowledged = session.heard;
+                }
+            }
+        }
+    }
+}
+
+/// The log in words, for the process's own log.
+fn tell(entry: &Entry) {
+    match &entry.record {
+        Record::GenerationOpened { generation, members, planned, reason } => {
+            let workers = members.len();
+            info!(%generation, workers, planned, reason, "generation opened");
+        }
+        Record::GenerationFormed { generation, step, repeated, .. } => {
+            info!(%generation, %step, repeated, "generation formed");
+        }
+        Record::WorkerJoined { worker, name, .. } => info!(%worker, name, "worker joined"),
+        Record::WorkerLost { worker, name, cause } => warn!(%worker, name, cause, "worker lost"),
+        Record::WorkerRefused { worker, name, reason } => {
+            warn!(%worker, name, reason, "worker refused");
+        }
+        Record::ExchangeLost { worker, generation, peer, reason, .. } => {
+            let peer = peer.as_deref().unwrap_or("unknown");
+            info!(%worker, %generation, peer, reason, "exchange lost");
+        }
+        Record::CheckpointCommitted { step } => info!(%step, "checkpoint committed"),
+        Record::CheckpointAbandoned { step, reason } => {
+            warn!(%step, reason, "checkpoint abandoned");
+        }
+        Record::RunFinished { step, .. } => info!(%step, "run finished"),
+        Record::RunFailed { reason } => warn!(reason, "run failed"),
+        Record::RunCreated { .. }
+        | Record::TermStarted { .. }
+        | Record::FingerprintFixed { .. }
+        | Record::StepAdopted { .. }
+        | Record::Evaluated { .. } => debug!(record = ?entry.record, "recorded"),
+    }
+}
+
+/// The Unix epoch's milliseconds, by a clock that does not run backwards.
+#[derive(Debug, Clone)]
+struct Clock {
+    origin: Timestamp,
+    started: Instant,
+}
+
+impl Clock {
+    fn not_before(earliest: Option<Timestamp>) -> Self {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let origin = Timestamp(u64::try_from(unix.as_millis()).unwrap_or(u64::MAX));
+        Self { origin: origin.max(earliest.unwrap_or_default()), started: Instant::now() }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.origin + self.started.elapsed()
+    }
+}

@@ -1,0 +1,262 @@
+//! The gRPC service: streams in, inputs out.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use cluster::WorkerId;
+use proto::{
+    MESSAGE_BYTES_MAX, TOKEN_HEADER,
+    v1::{
+        self,
+        cluster_service_server::{ClusterService, ClusterServiceServer},
+        session_request::Kind,
+        watch_response,
+    },
+};
+use tokio::{
+    net::TcpListener,
+    sync::{broadcast::error::RecvError, mpsc, oneshot},
+};
+use tokio_stream::{
+    Stream, StreamExt,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+use tracing::warn;
+
+use crate::{
+    Config,
+    host::{Input, ORDERS_MAX},
+    watch::{Subscriber, entry_to_wire},
+};
+
+/// Connections whose peer does not answer pings for so long are dead.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Responses that a watcher may leave unread.
+const WATCH_MAX: usize = 1024;
+/// Watchers hear of liveness at most so often.
+const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
+
+struct Service {
+    config: Arc<Config>,
+    inputs: mpsc::Sender<Input>,
+    subscriber: Subscriber,
+}
+
+/// Serves until `end` is closed.
+pub(crate) async fn serve(
+    config: Arc<Config>,
+    listener: TcpListener,
+    inputs: mpsc::Sender<Input>,
+    subscriber: Subscriber,
+    end: oneshot::Receiver<()>,
+) -> Result<(), tonic::transport::Error> {
+    let service = ClusterServiceServer::new(Service { config, inputs, subscriber })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .tcp_nodelay(true)
+        .add_service(service)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            drop(end.await); // Closed when the host is done; nothing is ever sent.
+        })
+        .await
+}
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl ClusterService for Service {
+    type SessionStream = Responses<v1::SessionResponse>;
+    type WatchStream = Responses<v1::WatchResponse>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        self.check_token(&request)?;
+        let mut requests = request.into_inner();
+        let first = requests
+            .message()
+            .await?
+            .ok_or_else(|| Status::invalid_argument("the session ended before its hello"))?;
+        self.check_run(&first.run)?;
+        let Some(Kind::Hello(hello)) = first.kind else {
+            return Err(Status::invalid_argument("the first message of a session must be a hello"));
+        };
+        let worker = WorkerId(hello.worker);
+        let (orders, receiver) = mpsc::channel(ORDERS_MAX);
+        let opened = Input::Opened { worker, hello: hello.into(), orders: orders.clone() };
+        self.hand_in(opened).await?;
+        tokio::spawn(pump(worker, requests, self.inputs.clone(), orders));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
+    }
+
+    async fn report_exit(
+        &self,
+        request: Request<v1::ReportExitRequest>,
+    ) -> Result<Response<v1::ReportExitResponse>, Status> {
+        self.check_token(&request)?;
+        let v1::ReportExitRequest { run, worker, how } = request.into_inner();
+        self.check_run(&run)?;
+        self.hand_in(Input::Exited { worker: WorkerId(worker), how }).await?;
+        Ok(Response::new(v1::ReportExitResponse {}))
+    }
+
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        self.check_token(&request)?;
+        let v1::DrainRequest { run, worker: name } = request.into_inner();
+        self.check_run(&run)?;
+        let (found, answer) = oneshot::channel();
+        self.hand_in(Input::Drain { name: name.clone(), found }).await?;
+        match answer.await {
+            Ok(true) => Ok(Response::new(v1::DrainResponse {})),
+            Ok(false) => Err(Status::not_found(format!("no worker is called {name:?}"))),
+            Err(_) => Err(ending()),
+        }
+    }
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        self.check_token(&request)?;
+        let v1::WatchRequest { run, from_sequence } = request.into_inner();
+        self.check_run(&run)?;
+        let (responses, receiver) = mpsc::channel(WATCH_MAX);
+        let (inputs, subscriber) = (self.inputs.clone(), self.subscriber.clone());
+        tokio::spawn(follow(from_sequence.max(1), inputs, subscriber, responses));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
+    }
+}
+
+impl Service {
+    fn check_token<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let shown = request.metadata().get(TOKEN_HEADER).map(|value| value.as_bytes());
+        let hash = |bytes: &[u8]| blake3::hash(bytes); // Compared in constant time.
+        if shown.is_some_and(|shown| hash(shown) == hash(self.config.token.as_bytes())) {
+            return Ok(());
+        }
+        let peer = request.remote_addr().map(|peer| peer.to_string()).unwrap_or_default();
+        warn!(peer, "a connection with a wrong token was refused");
+        Err(Status::unauthenticated(format!(
+            "wrong token for run {}: use the token file of this run's directory",
+            self.config.run.run
+        )))
+    }
+
+    fn check_run(&self, run: &str) -> Result<(), Status> {
+        if run == self.config.run.run.as_str() {
+            return Ok(());
+        }
+        Err(Status::not_found(format!(
+            "this coordinator serves run {} and not {run:?}: check the address",
+            self.config.run.run
+        )))
+    }
+
+    async fn hand_in(&self, input: Input) -> Result<(), Status> {
+        self.inputs.send(input).await.map_err(|_| ending())
+    }
+}
+
+fn ending() -> Status {
+    Status::unavailable("the coordinator is stopping")
+}
+
+/// Hands in what a worker says until its session ends.
+async fn pump(
+    worker: WorkerId,
+    mut requests: Streaming<v1::SessionRequest>,
+    inputs: mpsc::Sender<Input>,
+    orders: mpsc::Sender<v1::SessionResponse>,
+) {
+    loop {
+        let message = tokio::select! {
+            message = requests.message() => message,
+            () = orders.closed() => break, // The host ended the session.
+        };
+        let Ok(Some(v1::SessionRequest { kind: Some(Kind::Report(report)), .. })) = message else {
+            break;
+        };
+        let sequence = report.sequence;
+        match proto::report_from_wire(report) {
+            Ok(report) => {
+                if inputs.send(Input::Said { worker, sequence, report }).await.is_err() {
+                    break;
+                }
+            }
+            Err(error) => {
+                warn!(%worker, error = %error, "a worker spoke nonsense; its session is cut");
+                break;
+            }
+        }
+    }
+    drop(inputs.send(Input::Closed { worker, orders }).await); // The host may be gone as well.
+}
+
+/// Sends a watcher the log from `next` on, and liveness in between, until it goes or the host ends.
+async fn follow(
+    mut next: u64,
+    inputs: mpsc::Sender<Input>,
+    subscriber: Subscriber,
+    responses: mpsc::Sender<v1::WatchResponse>,
+) {
+    let mut live = subscriber.entries();
+    let mut liveness = subscriber.liveness();
+    let mut tick = tokio::time::interval(LIVENESS_INTERVAL);
+    let mut must_read = true;
+    loop {
+        if must_read {
+            let (entries, answer) = oneshot::channel();
+            if inputs.send(Input::Read { from: next, entries }).await.is_err() {
+                return;
+            }
+            let Ok(entries) = answer.await else { return };
+            for entry in entries {
+                next = entry.sequence + 1;
+                if send_entry(&responses, entry_to_wire(&entry)).await.is_err() {
+                    return;
+                }
+            }
+            must_read = false;
+        }
+        tokio::select! {
+            entry = live.recv() => match entry {
+                Ok(entry) if entry.sequence < next => {}
+                Ok(entry) => {
+                    must_read = entry.sequence > next;
+                    if !must_read {
+                        next += 1;
+                        if send_entry(&responses, (*entry).clone()).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                Err(RecvError::Lagged(_)) => must_read = true,
+                Err(RecvError::Closed) => return,
+            },
+            _ = tick.tick() => {
+                if liveness.has_changed().unwrap_or(false) {
+                    let kind = watch_response::Kind::Liveness(liveness.borrow_and_update().clone());
+                    if responses.send(v1::WatchResponse { kind: Some(kind) }).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            () = responses.closed() => return,
+        }
+    }
+}
+
+async fn send_entry(
+    responses: &mpsc::Sender<v1::WatchResponse>,
+    entry: v1::LogEntry,
+) -> Result<(), mpsc::error::SendError<v1::WatchResponse>> {
+    let kind = Some(watch_response::Kind::Entry(entry));
+    responses.send(v1::WatchResponse { kind }).await
+}

@@ -1,0 +1,136 @@
+// What tch does not offer, as C functions over libtorch.
+//
+// Contract of every function here: it never throws. It returns null on success, or an error text that
+// stays valid until the next call on the same thread.
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <ATen/Version.h>
+#include <c10/core/GradMode.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class F>
+const char* guarded(F&& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const c10::Error& error) {
+    last_error = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "unknown C++ exception";
+  }
+  return last_error.c_str();
+}
+
+// tch's `Tensor::as_ptr` is an `at::Tensor*`.
+const at::Tensor& tensor(const void* handle) { return *static_cast<const at::Tensor*>(handle); }
+
+void copy_text(const std::string& text, char* out, size_t capacity) {
+  TORCH_CHECK(text.size() < capacity, "text of ", text.size(), " bytes does not fit ", capacity);
+  std::memcpy(out, text.c_str(), text.size() + 1);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Chooses algorithms whose result does not vary between runs.
+const char* percheron_set_deterministic() {
+  return guarded([&] {
+    auto& context = at::globalContext();
+    context.setDeterministicAlgorithms(true, /*warn_only=*/false);
+    // Filling fresh memory with NaN finds reads of it, of which these networks have none.
+    context.setDeterministicFillUninitializedMemory(false);
+    context.setDeterministicCuDNN(true);
+    context.setBenchmarkCuDNN(false);
+  });
+}
+
+// 1 if all the switches of percheron_set_deterministic are on.
+const char* percheron_is_deterministic(int* out) {
+  return guarded([&] {
+    auto& context = at::globalContext();
+    *out = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly() &&
+           context.deterministicCuDNN() && !context.benchmarkCuDNN();
+  });
+}
+
+// The instruction set that ATen's kernels use on this processor.
+const char* percheron_cpu_capability(char* out, size_t capacity) {
+  return guarded([&] { copy_text(at::get_cpu_capability(), out, capacity); });
+}
+
+// The name and the driver version of a CUDA device, from the driver that libtorch_cuda loaded.
+const char* percheron_cuda_device(int ordinal, char* out, size_t capacity) {
+  return guarded([&] {
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+    TORCH_CHECK(driver, "libcuda.so.1 cannot be loaded");
+    auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
+    auto get_name = reinterpret_cast<int (*)(char*, int, int)>(dlsym(driver, "cuDeviceGetName"));
+    auto get_version = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDriverGetVersion"));
+    TORCH_CHECK(get && get_name && get_version, "libcuda.so.1 lacks a function");
+    int device = 0, version = 0;
+    char name[256] = {0};
+    TORCH_CHECK(get(&device, ordinal) == 0, "no CUDA device ", ordinal);
+    TORCH_CHECK(get_name(name, sizeof name, device) == 0, "CUDA device ", ordinal, " has no name");
+    TORCH_CHECK(get_version(&version) == 0, "the CUDA driver has no version");
+    copy_text(std::string(name) + ", driver " + std::to_string(version), out, capacity);
+  });
+}
+
+// Gradients of the scalar `loss` with respect to `leaves`, written one after the other into `flat`.
+// A leaf that the loss does not depend on gives zeros. The graph is freed; no `.grad` is touched.
+const char* percheron_gradients(const void* loss, const void* const* leaves, size_t count, const void* flat) {
+  return guarded([&] {
+    at::Tensor out = tensor(flat);
+    TORCH_CHECK(out.dim() == 1 && out.is_contiguous(), "the flat gradient is not one contiguous row");
+    TORCH_CHECK(!out.requires_grad(), "the flat gradient itself requires a gradient");
+    int64_t total = 0;
+    torch::autograd::edge_list inputs;
+    inputs.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      const auto& leaf = tensor(leaves[i]);
+      TORCH_CHECK(leaf.requires_grad(), "leaf ", i, " does not require a gradient");
+      inputs.push_back(torch::autograd::impl::gradient_edge(leaf));
+      total += leaf.numel();
+    }
+    TORCH_CHECK(total == out.numel(), "the leaves have ", total, " elements, the flat gradient ", out.numel());
+
+    auto gradients = torch::autograd::Engine::get_default_engine().execute(
+        {torch::autograd::impl::gradient_edge(tensor(loss))}, {at::ones_like(tensor(loss))},
+        /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/false, inputs);
+
+    c10::NoGradGuard no_grad;
+    const int64_t width = out.element_size();
+    int64_t offset = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t numel = tensor(leaves[i]).numel();
+      const auto& gradient = gradients[i];
+      if (!gradient.defined()) {
+        out.narrow(0, offset, numel).zero_();
+      } else if (out.is_cpu() && gradient.is_cpu() && gradient.is_contiguous() &&
+                 gradient.scalar_type() == out.scalar_type()) {
+        // One copy of bytes: a tensor operation for each of 700 leaves costs milliseconds.
+        TORCH_CHECK(gradient.numel() == numel, "gradient ", i, " has another size than its leaf");
+        std::memcpy(static_cast<char*>(out.mutable_data_ptr()) + offset * width, gradient.const_data_ptr(),
+                    static_cast<size_t>(numel * width));
+      } else {
+        out.narrow(0, offset, numel).view(gradient.sizes()).copy_(gradient);
+      }
+      offset += numel;
+    }
+  });
+}
+
+}  // extern "C"

