@@ -26,9 +26,9 @@ impl Committer {
     ) -> Result<Self, StartError> {
         let store = Store::create(&config.checkpoints)
             .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
-        let committed = entries.iter().filter_map(|entry| match entry.record {
-            Record::CheckpointCommitted { step } => Some(step),
-            _ => None,
+        let committed = entries.iter().filter_map(|entry| {
+            let Record::CheckpointCommitted { step } = entry.record else { return None };
+            Some(step)
         });
         Ok(Self { committed: committed.collect(), store, inputs, config })
     }

@@ -206,7 +206,7 @@ impl Host {
             Input::Drain { name, found } => {
                 let worker = self.coordinator.workers().iter().find(|(_, w)| w.name == name);
                 let worker = worker.map(|(id, _)| id);
-                drop(found.send(worker.is_some())); // Whoever asked may be gone.
+                found.send(worker.is_some()).ok(); // Whoever asked may be gone.
                 worker.map(|worker| Event::DrainRequested { worker })
             }
             Input::Read { from, entries } => {

@@ -47,7 +47,7 @@ pub enum LogError {
         doing: &'static str,
         /// Why not.
         #[source]
-        source: redb::Error,
+        source: Box<redb::Error>,
     },
     /// An entry is not what was written.
     #[error("event log {}: entry {sequence} cannot be read; restore the file from a copy", path.display())]
@@ -78,11 +78,12 @@ impl EventLog {
     /// # Errors
     /// [`LogError`] if it is in use or not a log.
     pub fn open(path: &Path) -> Result<Self, LogError> {
-        let database = Database::create(path).map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => LogError::InUse { path: path.to_owned() },
-            error => {
-                LogError::Database { path: path.to_owned(), doing: "open it", source: error.into() }
+        let database = Database::create(path).map_err(|error| {
+            let path = path.to_owned();
+            if matches!(error, DatabaseError::DatabaseAlreadyOpen) {
+                return LogError::InUse { path };
             }
+            LogError::Database { path, doing: "open it", source: Box::new(error.into()) }
         })?;
         let mut log = Self { path: path.to_owned(), database, last: 0 };
         log.last = log.write(&[]).map_err(log.failure("prepare it"))?;
@@ -158,7 +159,7 @@ impl EventLog {
 
     fn failure(&self, doing: &'static str) -> impl Fn(redb::Error) -> LogError {
         let path = self.path.clone();
-        move |source| LogError::Database { path: path.clone(), doing, source }
+        move |source| LogError::Database { path: path.clone(), doing, source: Box::new(source) }
     }
 }
 

@@ -56,7 +56,7 @@ fn average_slices<T: Real>(average: &mut Tensor, live: &Tensor, decay: f64) {
 
 /// The same with whole-tensor operations, for devices whose memory the host does not see.
 fn average_tensors(average: &mut Tensor, live: &Tensor, decay: f64) {
-    let _ = tch::no_grad(|| average.g_mul_scalar_(decay).g_add_(&(live * (1.0 - decay))));
+    drop(tch::no_grad(|| average.g_mul_scalar_(decay).g_add_(&(live * (1.0 - decay)))));
 }
 
 /// The averaged `num_batches_tracked` after an update: as the reference, computed in f32 and truncated.

@@ -90,7 +90,10 @@ impl FeatureWrite {
         let x = tokens(x); // [B, H·W, C]
         let x = &x + self.attention.forward(&x, z, mode);
         let x = &x + self.mlp.forward(&x, mode);
-        { let x = x.transpose(1, 2).unflatten(2, [size[2], size[3]]); if std::env::var_os("CT").is_some() { x.contiguous() } else { x } }
+        {
+            let x = x.transpose(1, 2).unflatten(2, [size[2], size[3]]);
+            if std::env::var_os("CT").is_some() { x.contiguous() } else { x }
+        }
     }
 }
 

@@ -123,10 +123,10 @@ impl AdamW {
         let (mut p, g) = (part(params), part(gradients));
         let (mut m, mut v) = (part(&self.exp_avg), part(&self.exp_avg_sq));
         tch::no_grad(|| {
-            let _ = m.g_mul_scalar_(c.beta1).g_add_(&(&g * (1.0 - c.beta1)));
-            let _ = v.g_mul_scalar_(c.beta2).g_add_(&(g.square() * (1.0 - c.beta2)));
+            drop(m.g_mul_scalar_(c.beta1).g_add_(&(&g * (1.0 - c.beta1))));
+            drop(v.g_mul_scalar_(c.beta2).g_add_(&(g.square() * (1.0 - c.beta2))));
             let scaled = (&m / (v.sqrt() / c.root + c.epsilon)) * c.rate;
-            let _ = p.g_mul_scalar_(c.keep).g_sub_(&scaled);
+            drop(p.g_mul_scalar_(c.keep).g_sub_(&scaled));
         });
     }
 }
@@ -190,7 +190,7 @@ pub fn clip_norm(gradients: &mut Tensor, norm_max: f64) -> f64 {
     let norm = global_norm(gradients);
     let factor = norm_max / (norm + 1e-6);
     if factor < 1.0 {
-        let _ = tch::no_grad(|| gradients.g_mul_scalar_(factor));
+        drop(tch::no_grad(|| gradients.g_mul_scalar_(factor)));
     }
     norm
 }
