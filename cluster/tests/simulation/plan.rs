@@ -73,7 +73,7 @@ impl Plan {
         let narrow = |n: u64| u32::try_from(n).expect("it is small");
         let max_recovery = Duration::from_secs(chance.pick(&[2, 5, 10]).expect("there are three"));
         let config = RunConfig {
-            run: RunId::try_from("simulated".to_owned()).unwrap(),
+            run: RunId::try_from("simulated".to_owned()).expect("the name is plain"),
             virtual_ranks: narrow(virtual_ranks),
             steps_total: Step(chance.between(8..=60)),
             steps_per_epoch,
@@ -83,7 +83,7 @@ impl Plan {
             workers_expected: narrow(expected),
             workers_min: narrow(chance.between(1..=expected.min(2))),
             workers_max: narrow(chance.between(expected..=virtual_ranks)),
-            timeouts: Timeouts::derived_from(max_recovery).unwrap(),
+            timeouts: Timeouts::derived_from(max_recovery).expect("it is long enough"),
         };
         let gentle = chance.percent(15);
         let faults: Vec<_> = ALL
@@ -94,7 +94,7 @@ impl Plan {
         let fault_every_ms = chance.between(300..=4_000);
         let quiet_ms = chance.between(5_000..=30_000);
         let delay_ms = chance.between(1..=20);
-        let config = config.validated().unwrap();
+        let config = config.validated().expect("the plan fits together");
         Self { config, workers, step_ms, delay_ms, quiet_ms, fault_every_ms, faults }
     }
 

@@ -422,10 +422,8 @@ impl World {
         mesh.arrived.clear();
         let (meeting, members) = (mesh.meeting, mesh.members.clone());
         let states: Vec<_> = members.iter().filter_map(|&w| self.trainer(w).state).collect();
-        let best = match self.tamper {
-            Tamper::LowestStepWins => states.iter().min().copied(),
-            _ => states.iter().max().copied(),
-        };
+        let lowest_wins = matches!(self.tamper, Tamper::LowestStepWins);
+        let best = if lowest_wins { states.iter().min() } else { states.iter().max() }.copied();
         match meeting {
             Meeting::Form => self.watch_formation(generation, &members, best),
             Meeting::Sum(_) => {
