@@ -64,7 +64,7 @@ pub fn slice<T: Element>(tensor: &Tensor) -> Result<&[T], FlatError> {
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<T>(), len) })
 }
 
-/// As [`slice`], for writing. No other handle may be used for the storage while the slice lives, and autograd
+/// As [`slice()`], for writing. No other handle may be used for the storage while the slice lives, and autograd
 /// does not see what is written.
 ///
 /// # Errors
