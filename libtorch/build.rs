@@ -1,7 +1,6 @@
 //! Compiles the shim against the libtorch that torch-sys found.
 
 use std::env;
-use std::fs;
 use std::path::PathBuf;
 
 fn main() {
@@ -9,10 +8,6 @@ fn main() {
     // torch-sys has `links = "tch"` and publishes its library directory.
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys publishes it"));
     let include = lib.parent().expect("the library directory is inside libtorch").join("include");
-    let version = lib.parent().expect("as above").join("build-version");
-    println!("cargo:rerun-if-changed={}", version.display());
-    let version = fs::read_to_string(version).expect("a libtorch directory names its version");
-    println!("cargo:rustc-env=PERCHERON_TORCH_VERSION={}", version.trim());
     cc::Build::new()
         .cpp(true)
         .std("c++17")

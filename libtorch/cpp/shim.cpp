@@ -71,6 +71,11 @@ const char* percheron_cpu_capability(char* out, size_t capacity) {
   return guarded([&] { copy_text(at::get_cpu_capability(), out, capacity); });
 }
 
+// What libtorch says about itself and its libraries: one fact a line, then the build settings.
+const char* percheron_build_text(char* out, size_t capacity) {
+  return guarded([&] { copy_text(at::show_config(), out, capacity); });
+}
+
 // The name and the driver version of a CUDA device, from the driver that libtorch_cuda loaded.
 const char* percheron_cuda_device(int ordinal, char* out, size_t capacity) {
   return guarded([&] {

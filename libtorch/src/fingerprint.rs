@@ -56,7 +56,6 @@ pub fn fingerprint(
         Device::Vulkan => ("vulkan", String::new()),
     };
     let fields = [
-        ("torch", env!("PERCHERON_TORCH_VERSION").to_owned()),
         ("device", kind.to_owned()),
         ("device_model", model),
         ("cpu_capability", cpu_capability()?),
@@ -67,14 +66,18 @@ pub fn fingerprint(
         ("precision", precision.to_string()),
         ("deterministic", is_deterministic()?.to_string()),
     ];
-    Ok(fields.map(|(name, value)| (name.to_owned(), value)).into())
+    let fields = versions(device)?.into_iter().chain(fields);
+    Ok(fields.map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-/// The processor's name as the kernel gives it.
+/// The processor as the kernel describes it. Virtual machines hide its name, but not its family and model.
 fn cpu_model() -> String {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
-    line.map_or("unknown", |value| value.trim_start_matches([' ', '\t', ':'])).to_owned()
+    let value = |wanted: &str| {
+        let mut fields = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+        fields.find(|(name, _)| name.trim() == wanted).map_or("unknown", |(_, value)| value.trim())
+    };
+    format!("{}, family {}, model {}", value("model name"), value("cpu family"), value("model"))
 }
 
 fn cuda_model(ordinal: usize) -> Result<String, ShimError> {
@@ -84,6 +87,29 @@ fn cuda_model(ordinal: usize) -> Result<String, ShimError> {
         // SAFETY: `out` has room for `capacity` bytes, and the shim writes no more.
         unsafe { sys::percheron_cuda_device(number, out, capacity) }
     })
+}
+
+/// The version of the libtorch that is loaded, and those of the libraries whose kernels it calls.
+fn versions(device: Device) -> Result<[(&'static str, String); 5], ShimError> {
+    let text = sys::read_text(|out, capacity| {
+        // SAFETY: `out` has room for `capacity` bytes, and the shim writes no more.
+        unsafe { sys::percheron_build_text(out, capacity) }
+    })?;
+    let after = |mark: &str, end: &[char]| {
+        let found = text.split_once(mark).and_then(|(_, rest)| rest.split(end).next());
+        found.map_or("none", str::trim).to_owned()
+    };
+    let on_cuda = |mark: &str| {
+        // A CPU worker computes the same whether CUDA is there or not.
+        if device.is_cuda() { after(mark, &['\n']) } else { "none".to_owned() }
+    };
+    Ok([
+        ("torch", after("TORCH_VERSION=", &[',', '\n'])),
+        ("mkl", after("Math Kernel Library Version", &['\n'])),
+        ("onednn", after("Intel(R) MKL-DNN", &['\n'])),
+        ("cuda", on_cuda("CUDA Runtime")),
+        ("cudnn", on_cuda("CuDNN")),
+    ])
 }
 
 fn cpu_capability() -> Result<String, ShimError> {
@@ -135,7 +161,7 @@ mod tests {
         let differing: Vec<_> = first.iter().zip(&double).filter(|(a, b)| a != b).collect();
         assert_eq!(differing.len(), 1);
         assert_eq!(differing[0].0.0, "precision");
-        assert_eq!(first[0], ("torch".to_owned(), "2.11.0+cu130".to_owned()));
+        assert_eq!(first[0], ("torch".to_owned(), "2.11.0".to_owned()));
         assert!(first.contains(&("deterministic".to_owned(), "true".to_owned())));
         println!("{MARK}{first:?}");
     }

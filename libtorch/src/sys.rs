@@ -9,6 +9,7 @@ unsafe extern "C" {
     pub(crate) safe fn percheron_set_deterministic() -> *const c_char;
     pub(crate) fn percheron_is_deterministic(out: *mut c_int) -> *const c_char;
     pub(crate) fn percheron_cpu_capability(out: *mut c_char, capacity: usize) -> *const c_char;
+    pub(crate) fn percheron_build_text(out: *mut c_char, capacity: usize) -> *const c_char;
     pub(crate) fn percheron_cuda_device(
         ordinal: c_int,
         out: *mut c_char,
@@ -41,7 +42,7 @@ pub(crate) fn check(error: *const c_char) -> Result<(), ShimError> {
 pub(crate) fn read_text(
     call: impl FnOnce(*mut c_char, usize) -> *const c_char,
 ) -> Result<String, ShimError> {
-    let mut buffer = [0_u8; 512];
+    let mut buffer = [0_u8; 16_384];
     check(call(buffer.as_mut_ptr().cast(), buffer.len()))?;
     let text =
         CStr::from_bytes_until_nul(&buffer).expect("the shim ends what it writes with a nul");

@@ -11,14 +11,20 @@ use crate::params::Scope;
 
 /// `softmax(q kᵀ / √D) v` for `q` `[B, H, N, D]` and `k`, `v` `[B, H, L, D]`, heads joined: `[B, N, H·D]`.
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor, dropout: &Dropout, mode: Mode) -> Tensor {
-    let read = if dropout.is_active(mode) {
-        let scale = 1.0 / (head_width(q) as f64).sqrt();
-        let weights = (q.matmul(&k.transpose(-2, -1)) * scale).softmax(-1, None); // [B, H, N, L]
-        dropout.forward(weights, mode).matmul(v)
+    // The fused kernel draws its own dropout, and on CUDA its backward is not deterministic.
+    let read = if q.device().is_cuda() || dropout.is_active(mode) {
+        attend_stepwise(q, k, v, dropout, mode)
     } else {
         Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, false, None, false)
     }; // [B, H, N, D]
     read.transpose(1, 2).flatten(2, 3)
+}
+
+/// [`attend`] with heads apart, one operation at a time.
+fn attend_stepwise(q: &Tensor, k: &Tensor, v: &Tensor, dropout: &Dropout, mode: Mode) -> Tensor {
+    let scale = 1.0 / (head_width(q) as f64).sqrt();
+    let weights = (q.matmul(&k.transpose(-2, -1)) * scale).softmax(-1, None); // [B, H, N, L]
+    dropout.forward(weights, mode).matmul(v)
 }
 
 fn head_width(heads: &Tensor) -> i64 {
@@ -171,5 +177,29 @@ impl Mlp {
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
         let hidden = self.widen.forward(&self.norm.forward(x)).gelu("none"); // [B, N, widening·C]
         self.dropout.forward(self.narrow.forward(&hidden), mode)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::params::Registry;
+
+    #[test]
+    fn fused_and_stepwise_attention_agree() {
+        libtorch::init(1).expect("starts");
+        let heads = |tokens: i64, phase: f64| {
+            let angles = Tensor::arange(2 * 4 * tokens * 6, (Kind::Double, Device::Cpu)) + phase;
+            (angles * 12.9898).sin().view([2, 4, tokens, 6])
+        };
+        let (q, k, v) = (heads(5, 0.1), heads(9, 0.2), heads(9, 0.3));
+        let registry = std::cell::RefCell::new(Registry::default());
+        let off = Dropout::new(&Scope::root(&registry), "dropout", 0.0);
+        let fused = attend(&q, &k, &v, &off, Mode::Eval);
+        let stepwise = attend_stepwise(&q, &k, &v, &off, Mode::Eval);
+        let stepwise = stepwise.transpose(1, 2).flatten(2, 3);
+        assert!((fused - stepwise).abs().max().double_value(&[]) < 1e-14);
     }
 }

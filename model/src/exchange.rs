@@ -56,10 +56,38 @@ impl LatentRead {
             Some(convolution) => convolution.forward(x) + x,
             None => x.shallow_clone(),
         };
-        let grid = near.adaptive_avg_pool2d([GRID, GRID]); // [B, C, 7, 7]
+        let grid = summary(&near); // [B, C, 7, 7]
         let z = z + self.attention.forward(z, &tokens(&grid), mode);
         &z + self.mlp.forward(&z, mode)
     }
+}
+
+/// Averages over a grid of 7×7 cells: `[B, C, H, W]` to `[B, C, 7, 7]`.
+fn summary(x: &Tensor) -> Tensor {
+    if x.device().is_cuda() {
+        // There the backward of the pooling operation is not deterministic.
+        summary_by_products(x)
+    } else {
+        x.adaptive_avg_pool2d([GRID, GRID])
+    }
+}
+
+/// [`summary`] as two matrix products.
+fn summary_by_products(x: &Tensor) -> Tensor {
+    let size = x.size();
+    let cells = |length: i64| cell_weights(length).to_kind(x.kind()).to_device(x.device());
+    cells(size[2]).matmul(&x.matmul(&cells(size[3]).tr()))
+}
+
+/// `[7, length]`: cell i is the mean of places ⌊i·length/7⌋ to ⌈(i+1)·length/7⌉ - 1.
+fn cell_weights(length: i64) -> Tensor {
+    let weight = |cell: i64, place: i64| {
+        let (start, end) = (cell * length / GRID, ((cell + 1) * length + GRID - 1) / GRID);
+        if (start..end).contains(&place) { 1.0 / (end - start) as f64 } else { 0.0 }
+    };
+    let row = |cell: i64| (0..length).map(move |place| weight(cell, place));
+    let weights: Vec<f64> = (0..GRID).flat_map(row).collect();
+    Tensor::from_slice(&weights).view([GRID, length])
 }
 
 /// Lets the latent code write to the image features: a Z→X arrow.
@@ -90,14 +118,29 @@ impl FeatureWrite {
         let x = tokens(x); // [B, H·W, C]
         let x = &x + self.attention.forward(&x, z, mode);
         let x = &x + self.mlp.forward(&x, mode);
-        {
-            let x = x.transpose(1, 2).unflatten(2, [size[2], size[3]]);
-            if std::env::var_os("CT").is_some() { x.contiguous() } else { x }
-        }
+        x.transpose(1, 2).unflatten(2, [size[2], size[3]])
     }
 }
 
 /// `[B, C, H, W]` to `[B, H·W, C]`, row by row.
 fn tokens(x: &Tensor) -> Tensor {
     x.flatten(2, 3).transpose(1, 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn matrix_products_pool_as_the_pooling_operation_does() {
+        libtorch::init(1).expect("starts");
+        for (height, width) in [(56, 56), (16, 16), (14, 9), (2, 4), (1, 7)] {
+            let values = Tensor::arange(2 * 3 * height * width, (Kind::Double, Device::Cpu)).sin();
+            let x = values.view([2, 3, height, width]);
+            let difference = (summary_by_products(&x) - summary(&x)).abs().max();
+            assert!(difference.double_value(&[]) < 1e-14, "{height}×{width}");
+        }
+    }
 }

@@ -187,16 +187,6 @@ impl Conv2d {
     /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        if self.padding == 0 && std::env::var_os("MK").is_some() {
-            return x.mkldnn_convolution(
-                &self.weight,
-                self.bias.as_ref(),
-                padding,
-                stride,
-                [1, 1],
-                self.groups,
-            );
-        }
         x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
     }
 }

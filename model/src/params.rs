@@ -57,7 +57,7 @@ pub struct Layout {
 impl Layout {
     /// The layout of a network.
     pub fn of(architecture: &Architecture) -> Layout {
-        let registry = RefCell::new(Registry { declared: Vec::new(), weights: None });
+        let registry = RefCell::new(Registry::default());
         drop(Network::assemble(architecture, &Scope::root(&registry)));
         Layout::place(registry.into_inner().declared)
     }
@@ -258,7 +258,7 @@ pub(crate) fn to_i64(len: usize) -> i64 {
 ///
 /// The same constructors run twice. The first run declares, and hands out undefined tensors; the second
 /// hands out views of the weights. So the order of the state dict is written once.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Registry<'w> {
     declared: Vec<Entry>,
     weights: Option<Handing<'w>>,
