@@ -70,7 +70,11 @@ struct Placement {
 }
 
 impl Placement {
-    /// Exact search by dynamic programming over (blocks placed, larger blocks among them).
+    /// Dynamic programming over (blocks placed, larger blocks among them).
+    ///
+    /// Exact for the largest cover, since it cannot shrink when a block is added. Among placements
+    /// with the same largest cover, keeping the least total at each state is a heuristic; all that
+    /// matters is that every machine takes the same one.
     fn search(virtual_ranks: u32, workers: u32) -> Self {
         let (small, larger) = (virtual_ranks / workers, virtual_ranks % workers);
         let empty = Self { largest_cover: 0, cover_total: 0, sizes: Vec::new() };

@@ -41,6 +41,8 @@ pub struct Coordinator {
     /// Since when members have failed to form a generation although all seem to be there.
     troubled_since: Option<Timestamp>,
     step_time: Option<Duration>,
+    /// When it was last called: it asks to be called once a heartbeat, so a gap is its own sleep.
+    called: Timestamp,
     commands: Vec<Command>,
 }
 
@@ -109,6 +111,13 @@ impl Coordinator {
         for member in ledger.members.iter().filter(|m| !ledger.lost.contains(&m.worker)) {
             workers.expect(now, member);
         }
+        // Those that were on their way out may keep the others in their last common step.
+        for member in &ledger.intact_members {
+            if !ledger.members.iter().any(|other| other.worker == member.worker) {
+                workers.expect(now, member);
+                workers.find_mut(member.worker).expect("it is expected").draining = true;
+            }
+        }
         let phase = if ledger.outcome.is_some() {
             Phase::Ended
         } else if ledger.members.is_empty() || !ledger.lost.is_empty() {
@@ -119,6 +128,7 @@ impl Coordinator {
             let deadline = Some(now + config.timeouts.form + config.timeouts.gather);
             Phase::Forming { formed: BTreeMap::new(), blamed: BTreeMap::new(), deadline }
         };
+        let turned = ledger.intact.is_none() || ledger.formed;
         let term = ledger.term.next();
         let mut coordinator = Self {
             config,
@@ -128,10 +138,11 @@ impl Coordinator {
             saving: BTreeMap::new(),
             checkpoint_at: None,
             finished: BTreeMap::new(),
-            turned: true,
+            turned,
             stopped: BTreeSet::new(),
             troubled_since: None,
             step_time: None,
+            called: now,
             commands: Vec::new(),
         };
         coordinator.checkpoint_at = coordinator.next_checkpoint(coordinator.ledger.canonical);
@@ -150,6 +161,7 @@ impl Coordinator {
     /// Duplicate and stale input is not an error: it changes nothing.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
         self.forgive_own_sleep(now);
+        self.called = now;
         match event {
             Event::WorkerJoined { worker, hello } => self.worker_joined(now, worker, &hello),
             Event::Reported { worker, report } => self.reported(now, worker, report),
@@ -178,7 +190,8 @@ impl Coordinator {
             Phase::Ended => return None,
         };
         let lease = self.workers.next_expiry(self.config.timeouts.lease);
-        phase.into_iter().chain(lease).min()
+        let watch = lease.map(|_| self.called + self.config.timeouts.heartbeat);
+        phase.into_iter().chain(lease).chain(watch).min()
     }
 
     /// What was decided and is durable once the commands have been carried out.

@@ -20,7 +20,7 @@ pub struct Ledger {
     /// The newest generation that was formed, unless a loss has ended it: its results count.
     pub intact: Option<Generation>,
     /// The members of the intact generation: whoever holds the newest state is among them.
-    pub intact_members: Vec<WorkerId>,
+    pub intact_members: Vec<Member>,
     /// Members of the newest generation that have been lost since it was opened.
     pub lost: Vec<WorkerId>,
     /// The newest step whose result the run has adopted.
@@ -61,6 +61,12 @@ pub enum Outcome {
 }
 
 impl Ledger {
+    /// Whether a worker belongs to the intact generation.
+    #[must_use]
+    pub fn holds_state(&self, worker: WorkerId) -> bool {
+        self.intact_members.iter().any(|member| member.worker == worker)
+    }
+
     /// Takes one record in.
     pub fn apply(&mut self, record: &Record) {
         match record {
@@ -85,7 +91,7 @@ impl Ledger {
             Record::GenerationFormed { generation, repeated, .. } => {
                 self.formed = true;
                 self.intact = Some(*generation);
-                self.intact_members = self.members.iter().map(|member| member.worker).collect();
+                self.intact_members.clone_from(&self.members);
                 self.repeated += repeated;
             }
             Record::WorkerLost { worker, .. } => {

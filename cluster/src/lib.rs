@@ -37,9 +37,11 @@
 //! | `ids`, `time`, `fingerprint` | the words: [`Step`], [`Rank`], [`Timestamp`], [`Fingerprint`], … |
 //! | `config` | [`RunConfig`], and all waits derived from one knob ([`Timeouts`]) |
 //! | `event`, `command`, `record` | what goes in, what comes out, what is durable |
-//! | `coordinator`, `membership`, `ledger` | the machine of the coordinator |
+//! | `coordinator` | the machine of the coordinator; `change`: who comes and goes; `results`: what counts |
+//! | `membership`, `ledger` | the workers it knows; what it must never forget |
 //! | `participant` | the machine of a worker |
 //! | `blocks` | virtual ranks to workers, and the fixed tree of the sum |
+//! | `tests/rules`, `tests/simulation` | one test a rule; many made-up runs, with named invariants |
 
 pub mod blocks;
 mod command;

@@ -183,7 +183,7 @@ pub enum Action {
         /// The generation.
         generation: Generation,
     },
-    /// Keep the state after this step.
+    /// Keep the state after this step, beside those named before: a peer may reach the next one first.
     CheckpointAt {
         /// The step.
         step: Step,

@@ -50,7 +50,7 @@ impl Coordinator {
             let reason = format!("the run went on without this worker: {cause}");
             self.send(worker, Order::Refuse { reason });
             self.close(worker);
-            trained |= self.ledger.intact_members.contains(&worker);
+            trained |= self.ledger.holds_state(worker);
             if self.is_member(worker) {
                 names.push(known.name);
             }
@@ -59,8 +59,6 @@ impl Coordinator {
             // A newcomer that dies before the others have left for it costs them nothing.
             let planned = !self.turned && !trained;
             self.open_generation(now, planned, &format!("{} was lost", names.join(", ")));
-        } else if trained {
-            self.members_turn(now); // It was on its way out, and may keep the others waiting.
         }
     }
 
@@ -68,7 +66,7 @@ impl Coordinator {
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };
         known.draining = true;
-        if !self.is_member(worker) && !self.ledger.intact_members.contains(&worker) {
+        if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));
         }
     }
@@ -92,8 +90,11 @@ impl Coordinator {
             return;
         }
         self.members_turn(now);
-        let Phase::Forming { formed, .. } = &mut self.phase else { return };
+        let patience = now + self.config.timeouts.suspicion;
+        let Phase::Forming { formed, deadline, .. } = &mut self.phase else { return };
         formed.insert(worker, said);
+        // Where one has formed it, all have met: the news of the others is on its way.
+        *deadline = Some(deadline.map_or(patience, |deadline| deadline.max(patience)));
         if formed.len() < self.ledger.members.len() {
             return;
         }
@@ -112,9 +113,10 @@ impl Coordinator {
         let begun = formed.values().map(|f| f.begun).max().unwrap_or_default();
         let repeated = begun.max(self.ledger.inherited).0.saturating_sub(step.0);
         let stopped_at = formed.values().filter_map(|f| f.stopped_at).max();
-        self.record(Record::GenerationFormed { generation, step, digest, repeated, stopped_at });
+        // A coordinator that finds the generation formed must find its step adopted as well.
         let metrics = formed.values().find_map(|f| f.metrics);
         self.adopt(generation, step, metrics, None);
+        self.record(Record::GenerationFormed { generation, step, digest, repeated, stopped_at });
         self.troubled_since = None;
         let is_broken = !self.stopped.is_empty(); // It broke before the last had said it stood.
         let suspicion = is_broken.then(|| now + self.config.timeouts.suspicion);
@@ -177,7 +179,7 @@ impl Coordinator {
         if !self.stopped.insert(worker) {
             return; // Said twice.
         }
-        self.turned |= self.ledger.intact_members.contains(&worker);
+        self.turned |= self.ledger.holds_state(worker);
         let patience = now + self.config.timeouts.suspicion;
         let peer = peer.and_then(|rank| self.ledger.members.get(rank.0 as usize));
         let peer = peer.map(|peer| peer.worker);
@@ -209,7 +211,13 @@ impl Coordinator {
         }
         let lease = self.config.timeouts.lease;
         let silent = self.workers.expired(now, lease);
+        // Whoever falls silent on its way out has not left, and keeps the others in its step.
+        let is_in_step = |worker: &WorkerId| !self.turned && self.ledger.holds_state(*worker);
+        let holds_up = silent.iter().any(is_in_step) && matches!(self.phase, Phase::Forming { .. });
         self.workers_lost(now, &silent, &format!("it said nothing for {lease:?}"));
+        if holds_up && self.ledger.intact.is_some() {
+            self.open_generation(now, false, "a worker fell silent on its way out");
+        }
         match &self.phase {
             Phase::Forming { deadline: Some(deadline), formed, blamed } if *deadline <= now => {
                 let late = self.late_members(now, formed, blamed);
@@ -239,20 +247,20 @@ impl Coordinator {
         }
     }
 
-    /// A coordinator that was called later than it asked to be was not running, and heard nobody:
+    /// A coordinator that was not called for longer than it asked was not running, and heard nobody:
     /// all waits begin anew.
     pub(super) fn forgive_own_sleep(&mut self, now: Timestamp) {
-        let lag = self.next_deadline().map_or(Duration::ZERO, |deadline| now.since(deadline));
-        if lag <= self.config.timeouts.heartbeat {
+        if now.since(self.called) <= self.config.timeouts.heartbeat * 2 {
             return;
         }
         self.workers.forgive(now);
-        let form = now + self.form_allowance();
+        let suspicion = self.config.timeouts.suspicion;
+        let form = if self.stopped.is_empty() { self.form_allowance() } else { suspicion };
         match &mut self.phase {
-            Phase::Forming { deadline: Some(deadline), .. } => *deadline = form.max(*deadline),
-            Phase::Training { suspicion: Some(deadline) } => {
-                *deadline = now + self.config.timeouts.suspicion;
+            Phase::Forming { deadline: Some(deadline), .. } => {
+                *deadline = (*deadline).max(now + form);
             }
+            Phase::Training { suspicion: Some(deadline) } => *deadline = now + suspicion,
             Phase::Gathering { .. }
             | Phase::Forming { .. }
             | Phase::Training { .. }
@@ -288,7 +296,7 @@ impl Coordinator {
     pub(super) fn heard_progress(&mut self, now: Timestamp, worker: WorkerId, progress: Progress) {
         let has_turned =
             progress.generation == self.ledger.generation && progress.phase == StepPhase::Form;
-        if has_turned && self.ledger.intact_members.contains(&worker) {
+        if has_turned && self.ledger.holds_state(worker) {
             self.members_turn(now);
         }
     }
@@ -345,7 +353,7 @@ impl Coordinator {
     /// of them holds the state too: otherwise the newest state would leave with it.
     pub(super) fn next_members(&self, planned: bool) -> Vec<WorkerId> {
         let workers = self.workers.oldest_first();
-        let holds = |worker: &WorkerId| self.ledger.intact_members.contains(worker);
+        let holds = |worker: &WorkerId| self.ledger.holds_state(*worker);
         let has_part = |worker: &WorkerId| self.is_member(*worker) || holds(worker);
         let staying = || workers.iter().filter(|(_, worker)| !worker.draining);
         let can_let_go = planned
@@ -362,7 +370,8 @@ impl Coordinator {
         if matches!(self.phase, Phase::Ended) {
             return;
         }
-        let before = self.member_ids();
+        let is_known = |worker: &WorkerId| self.workers.find(*worker).is_some();
+        let before: Vec<_> = self.member_ids().into_iter().filter(is_known).collect();
         let wanted = self.next_members(planned);
         self.finished.clear();
         if !planned {

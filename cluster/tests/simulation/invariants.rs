@@ -167,26 +167,18 @@ impl Watch {
         });
     }
 
-    /// Joins, drains and stops cost no step, and nobody who has trained is taken for dead.
-    fn gentle_changes_lose_nothing(&mut self, record: &Record) {
-        let holds = if let Record::GenerationFormed { repeated, .. } = record {
-            *repeated == 0
-        } else if let Record::WorkerLost { worker, cause, .. } = record {
-            let signs = ["said nothing", "in time", "peers"];
-            let is_taken_for_dead = signs.iter().any(|sign| cause.contains(sign));
-            !(is_taken_for_dead && self.durable.intact_members.contains(worker))
-        } else {
-            true
-        };
-        let holds = holds || !self.is_gentle;
-        self.require("gentle_changes_lose_nothing", holds, || format!("{record:?}"));
+    fn gentle_changes_lose_no_step(&mut self, record: &Record) {
+        if let Record::GenerationFormed { repeated, .. } = record {
+            let holds = *repeated == 0 || !self.is_gentle;
+            self.require("gentle_changes_lose_no_step", holds, || format!("{record:?}"));
+        }
     }
 }
 
 impl World {
     /// Looks at a record before it becomes durable.
     pub(crate) fn watch_record(&mut self, record: &Record) {
-        self.watch.gentle_changes_lose_nothing(record);
+        self.watch.gentle_changes_lose_no_step(record);
         let durable = self.watch.durable.clone();
         let total = self.plan.config.steps_total;
         match record {
@@ -223,12 +215,20 @@ impl World {
                     format!("{record:?} with {durable:?}")
                 });
             }
+            Record::WorkerLost { worker, cause, .. } => {
+                // One that has no part yet may exit without a word.
+                let has_part = durable.holds_state(*worker);
+                let lives = self.workers.get(worker).is_some_and(|process| !process.is_exiting());
+                let holds = !(has_part && lives && self.plan.is_calm());
+                self.watch.require("nobody_who_lives_is_taken_for_dead", holds, || {
+                    format!("{worker}: {cause}")
+                });
+            }
             Record::RunFailed { reason } => {
                 self.watch.require("no_run_fails", false, || reason.clone());
             }
             Record::RunCreated { .. }
             | Record::WorkerJoined { .. }
-            | Record::WorkerLost { .. }
             | Record::FingerprintFixed { .. }
             | Record::WorkerRefused { .. }
             | Record::ExchangeLost { .. }

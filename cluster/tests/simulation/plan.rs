@@ -32,7 +32,17 @@ pub(crate) enum Fault {
 }
 
 /// The faults after which nothing may be lost or computed twice.
-pub(crate) const GENTLE: [Fault; 3] = [Fault::Join, Fault::Drain, Fault::Stop];
+const GENTLE: [Fault; 3] = [Fault::Join, Fault::Drain, Fault::Stop];
+
+/// The faults after which nobody who lives may be taken for dead.
+const CALM: [Fault; 6] = [
+    Fault::Join,
+    Fault::Drain,
+    Fault::Stop,
+    Fault::StoreError,
+    Fault::CoordinatorCrash,
+    Fault::CoordinatorSleep,
+];
 
 const ALL: [Fault; 10] = [
     Fault::Crash,
@@ -85,11 +95,12 @@ impl Plan {
             workers_max: narrow(chance.between(expected..=virtual_ranks)),
             timeouts: Timeouts::derived_from(max_recovery).expect("it is long enough"),
         };
-        let gentle = chance.percent(15);
-        let faults: Vec<_> = ALL
-            .into_iter()
-            .filter(|fault| chance.percent(50) && (!gentle || GENTLE.contains(fault)))
-            .collect();
+        let kinds = match chance.between(0..=9) {
+            0 => &GENTLE[..],
+            1 => &CALM[..],
+            _ => &ALL[..],
+        };
+        let faults = kinds.iter().copied().filter(|_| chance.percent(50)).collect();
         let workers = expected + chance.between(0..=1);
         let fault_every_ms = chance.between(300..=4_000);
         let quiet_ms = chance.between(5_000..=30_000);
@@ -100,6 +111,10 @@ impl Plan {
 
     pub(crate) fn is_gentle(&self) -> bool {
         self.faults.iter().all(|fault| GENTLE.contains(fault))
+    }
+
+    pub(crate) fn is_calm(&self) -> bool {
+        self.faults.iter().all(|fault| CALM.contains(fault))
     }
 
     pub(crate) fn has(&self, fault: Fault) -> bool {

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    fmt::Write as _,
     time::Duration,
 };
 
@@ -18,8 +17,8 @@ use crate::{
     trainer::Mesh,
 };
 
-/// Events that a failure shows.
-const STORY: usize = 30;
+/// When it all begins.
+const START: Timestamp = Timestamp(1_000_000);
 /// How long a run may take once nothing goes wrong any more, beside its steps.
 const LIVENESS_BOUND: Duration = Duration::from_secs(40);
 
@@ -81,7 +80,9 @@ pub(crate) struct World {
     pub(crate) meshes: BTreeMap<Generation, Mesh>,
     pub(crate) watch: Watch,
     pub(crate) quiet: Option<Timestamp>,
-    story: Option<VecDeque<String>>,
+    /// What happened last, and how much of it is kept.
+    story: VecDeque<String>,
+    story_max: usize,
 }
 
 /// What a run of the simulation came to.
@@ -95,17 +96,20 @@ pub(crate) struct Summary {
 }
 
 /// Runs one seed to its end.
-pub(crate) fn simulate(seed: u64, tamper: Tamper) -> Result<Summary, Failure> {
-    // The story is told only of a seed that fails: the second time, word by word.
-    World::new(seed, tamper, false).run().or_else(|_| World::new(seed, tamper, true).run())
+///
+/// # Errors
+/// The invariant that broke, with the last `story` events.
+pub(crate) fn simulate(seed: u64, tamper: Tamper, story: usize) -> Result<Summary, Failure> {
+    // Only a seed that fails is told: it happens once more, word by word.
+    World::new(seed, tamper, 0).run().or_else(|_| World::new(seed, tamper, story).run())
 }
 
 impl World {
-    fn new(seed: u64, tamper: Tamper, told: bool) -> Self {
+    fn new(seed: u64, tamper: Tamper, story_max: usize) -> Self {
         let mut chance = Chance::new(seed);
         let plan = Plan::drawn(&mut chance);
         let mut world = Self {
-            now: Timestamp(1_000_000),
+            now: START,
             tamper,
             chance,
             agenda: BTreeMap::new(),
@@ -119,13 +123,12 @@ impl World {
             meshes: BTreeMap::new(),
             watch: Watch::new(seed, &plan),
             quiet: None,
-            story: told.then(VecDeque::new),
+            story: VecDeque::new(),
+            story_max,
             plan,
         };
-        if told {
-            let plan = format!("{:?}", world.plan);
-            world.tell(|| plan);
-        }
+        let plan = world.plan.clone();
+        world.tell(|| format!("{plan:?}"));
         world.after(0, Happening::CoordinatorStart);
         for _ in 0..world.plan.workers {
             let delay = world.chance.between(0..=3_000);
@@ -146,7 +149,7 @@ impl World {
             self.happen(happening);
             self.watch_over();
             if let Some(violation) = self.watch.violation.take() {
-                let story = self.story.take().unwrap_or_default().into();
+                let story = self.story.into();
                 return Err(Failure { seed: self.watch.seed, violation, story });
             }
             if self.is_over() {
@@ -180,14 +183,13 @@ impl World {
     }
 
     pub(crate) fn tell(&mut self, line: impl FnOnce() -> String) {
-        if let Some(story) = &mut self.story {
-            if story.len() == STORY {
-                story.pop_front();
-            }
-            let mut told = format!("{:>8} ms  ", self.now.0 - 1_000_000);
-            write!(told, "{}", line()).expect("a string takes all");
-            story.push_back(told);
+        if self.story_max == 0 {
+            return;
         }
+        if self.story.len() == self.story_max {
+            self.story.pop_front();
+        }
+        self.story.push_back(format!("{:>8} ms  {}", self.now.0 - START.0, line()));
     }
 
     fn happen(&mut self, happening: Happening) {
@@ -314,7 +316,7 @@ impl World {
 
     pub(crate) fn delay(&mut self) -> u64 {
         let usual = self.plan.delay_ms;
-        let spike = self.quiet.is_none() && !self.plan.is_gentle() && self.chance.percent(1);
+        let spike = self.quiet.is_none() && !self.plan.is_calm() && self.chance.percent(1);
         if spike { self.chance.between(usual..=400) } else { self.chance.between(0..=usual) }
     }
 

@@ -1,0 +1,8 @@
+//! The rules of the two machines, one test a rule.
+
+mod membership;
+mod participant;
+mod replay;
+mod restart;
+mod results;
+mod table;
