@@ -1,41 +1,35 @@
 //! Commits manifests in the background and prunes what is no longer needed.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::sync::Arc;
 
 use checkpoint::{Digest, Manifest, PartRecord, Section, Store};
-use cluster::{Epoch, Event, Fingerprint, Generation, Part, Record, Step, Term, Timestamp};
+use cluster::{Epoch, Event, Fingerprint, Generation, Part, Step, Term, Timestamp};
 use tokio::sync::mpsc;
 use tracing::warn;
 
-use crate::{Config, Entry, StartError, host::Input};
+use crate::{Config, StartError, host::Input};
 
 /// Writes manifests, one task each.
 #[derive(Debug)]
 pub(crate) struct Committer {
     config: Arc<Config>,
     store: Store,
-    committed: BTreeSet<Step>,
     inputs: mpsc::Sender<Input>,
 }
 
 impl Committer {
     pub(crate) fn new(
         config: Arc<Config>,
-        entries: &[Entry],
         inputs: mpsc::Sender<Input>,
     ) -> Result<Self, StartError> {
         let store = Store::create(&config.checkpoints)
             .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
-        let committed = entries.iter().filter_map(|entry| {
-            let Record::CheckpointCommitted { step } = entry.record else { return None };
-            Some(step)
-        });
-        Ok(Self { committed: committed.collect(), store, inputs, config })
+        Ok(Self { config, store, inputs })
     }
 
     /// Commits a checkpoint whose parts are in the store; the outcome comes back as an event.
     pub(crate) fn commit(
-        &mut self,
+        &self,
         (term, generation, step): (Term, Generation, Step),
         fingerprint: Fingerprint,
         parts: Vec<Part>,
@@ -50,7 +44,7 @@ impl Committer {
             };
             records.push(PartRecord { index: part.index, bytes: part.bytes, blake3 });
         }
-        let attempt = format!("{}/{term}/{generation}/{step}/{}", self.config.token, created.0);
+        let attempt = format!("{}/{term}/{generation}/{step}/{}", self.config.run.run, created.0);
         let manifest = Manifest {
             run: self.config.run.run.clone(),
             step,
@@ -67,11 +61,8 @@ impl Committer {
             created,
             nonce: blake3::hash(attempt.as_bytes()).to_hex().to_string(),
         };
-        self.committed.insert(step);
-        let verified: Vec<_> = self.committed.iter().copied().collect();
-        let outdated = checkpoint::prunable(&verified, self.config.keep);
-        self.committed.retain(|step| !outdated.contains(step));
-        tokio::spawn(carry_out(self.store.clone(), manifest, outdated, self.inputs.clone()));
+        let (store, keep) = (self.store.clone(), self.config.keep);
+        tokio::spawn(carry_out(store, manifest, keep, self.inputs.clone()));
     }
 
     fn report(&self, event: Event) {
@@ -82,12 +73,7 @@ impl Committer {
     }
 }
 
-async fn carry_out(
-    store: Store,
-    manifest: Manifest,
-    outdated: Vec<Step>,
-    inputs: mpsc::Sender<Input>,
-) {
+async fn carry_out(store: Store, manifest: Manifest, keep: usize, inputs: mpsc::Sender<Input>) {
     let step = manifest.step;
     let event = match checkpoint::commit(&store, &manifest).await {
         Ok(_) => Event::CheckpointCommitted { step },
@@ -95,11 +81,17 @@ async fn carry_out(
     };
     let is_committed = matches!(event, Event::CheckpointCommitted { .. });
     drop(inputs.send(Input::Cluster(event)).await); // The host may have ended.
-    if is_committed {
-        for step in outdated {
-            if let Err(error) = checkpoint::prune(&store, step).await {
-                warn!(%step, error = %error, "an old checkpoint could not be pruned");
-            }
-        }
+    if is_committed && let Err(error) = prune(&store, keep).await {
+        warn!(error = %error, "old checkpoints could not be pruned");
     }
+}
+
+/// Deletes what `keep` does not cover. Only what has a manifest counts, so a checkpoint that could not
+/// be committed never takes the place of one that was.
+async fn prune(store: &Store, keep: usize) -> Result<(), checkpoint::StoreError> {
+    let committed = checkpoint::committed_steps(store).await?;
+    for step in checkpoint::prunable(&committed, keep) {
+        checkpoint::prune(store, step).await?;
+    }
+    Ok(())
 }

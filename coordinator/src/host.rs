@@ -37,11 +37,11 @@ const FAREWELL: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(crate) enum Input {
     /// A worker opened a session.
-    Opened { worker: WorkerId, hello: Hello, orders: mpsc::Sender<v1::SessionResponse> },
+    Opened { worker: WorkerId, hello: Hello, session: Session },
     /// A worker reported. Heartbeats have sequence 0.
     Said { worker: WorkerId, sequence: u64, report: Report },
     /// A session ended; only the worker's newest counts.
-    Closed { worker: WorkerId, orders: mpsc::Sender<v1::SessionResponse> },
+    Closed { worker: WorkerId, session: u64 },
     /// A supervisor saw a process end.
     Exited { worker: WorkerId, how: String },
     /// Somebody wants a worker, by name, to leave.
@@ -52,10 +52,25 @@ pub(crate) enum Input {
     Cluster(Event),
 }
 
-struct Session {
+/// The host's end of a session. Dropping it ends the session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    number: u64,
     orders: mpsc::Sender<v1::SessionResponse>,
+    _open: oneshot::Sender<()>,
     heard: u64,
     acknowledged: u64,
+}
+
+impl Session {
+    /// `number` is unique in this process; the other end is cut when `open` is dropped.
+    pub(crate) fn new(
+        number: u64,
+        orders: mpsc::Sender<v1::SessionResponse>,
+        open: oneshot::Sender<()>,
+    ) -> Self {
+        Self { number, orders, _open: open, heard: 0, acknowledged: 0 }
+    }
 }
 
 struct Host {
@@ -84,7 +99,7 @@ pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, Sta
     let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
     let (publisher, subscriber) = watch::channel();
     let host = Host {
-        committer: Committer::new(Arc::clone(&config), &entries, inputs.clone())?,
+        committer: Committer::new(Arc::clone(&config), inputs.clone())?,
         welcome: welcome(&config),
         coordinator,
         log,
@@ -98,8 +113,10 @@ pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, Sta
     let server = tokio::spawn(rpc::serve(Arc::clone(&config), listener, inputs, subscriber, end));
     let outcome = host.run(receiver).await?;
     drop(ended);
-    if let Err(error) = server.await.unwrap_or(Ok(())) {
-        warn!(error = %error, "the server did not stop in order");
+    match server.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => warn!(error = %error, "the server did not stop in order"),
+        Err(panic) => warn!(error = %panic, "the server did not stop in order"),
     }
     Ok(outcome)
 }
@@ -184,8 +201,7 @@ impl Host {
     /// Turns an input into what happened, for the machine; keeps the host's own books.
     fn event_of(&mut self, input: Input) -> Option<Event> {
         match input {
-            Input::Opened { worker, hello, orders } => {
-                let session = Session { orders, heard: 0, acknowledged: 0 };
+            Input::Opened { worker, hello, session } => {
                 self.sessions.insert(worker, session);
                 Some(Event::WorkerJoined { worker, hello })
             }
@@ -194,12 +210,11 @@ impl Host {
                 session.heard = session.heard.max(sequence);
                 Some(Event::Reported { worker, report })
             }
-            Input::Closed { worker, orders } => {
-                let session = self.sessions.get(&worker)?;
-                if !session.orders.same_channel(&orders) {
+            Input::Closed { worker, session } => {
+                if self.sessions.get(&worker).is_some_and(|newest| newest.number != session) {
                     return None; // It has opened another since.
                 }
-                self.sessions.remove(&worker);
+                self.sessions.remove(&worker); // Gone already if the host cut it.
                 Some(Event::SessionClosed { worker })
             }
             Input::Exited { worker, how } => Some(Event::ProcessExited { worker, how }),

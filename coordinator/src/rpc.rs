@@ -1,6 +1,13 @@
 //! The gRPC service: streams in, inputs out.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use cluster::WorkerId;
 use proto::{
@@ -14,7 +21,10 @@ use proto::{
 };
 use tokio::{
     net::TcpListener,
-    sync::{broadcast::error::RecvError, mpsc, oneshot},
+    sync::{
+        broadcast::{self, error::RecvError},
+        mpsc, oneshot,
+    },
 };
 use tokio_stream::{
     Stream, StreamExt,
@@ -25,7 +35,7 @@ use tracing::warn;
 
 use crate::{
     Config,
-    host::{Input, ORDERS_MAX},
+    host::{Input, ORDERS_MAX, Session},
     watch::{Subscriber, entry_to_wire},
 };
 
@@ -40,6 +50,7 @@ struct Service {
     config: Arc<Config>,
     inputs: mpsc::Sender<Input>,
     subscriber: Subscriber,
+    sessions: AtomicU64,
 }
 
 /// Serves until `end` is closed.
@@ -50,9 +61,14 @@ pub(crate) async fn serve(
     subscriber: Subscriber,
     end: oneshot::Receiver<()>,
 ) -> Result<(), tonic::transport::Error> {
-    let service = ClusterServiceServer::new(Service { config, inputs, subscriber })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let service = ClusterServiceServer::new(Service {
+        config,
+        inputs,
+        subscriber,
+        sessions: AtomicU64::new(0),
+    })
+    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+    .max_encoding_message_size(MESSAGE_BYTES_MAX);
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
@@ -87,9 +103,11 @@ impl ClusterService for Service {
         };
         let worker = WorkerId(hello.worker);
         let (orders, receiver) = mpsc::channel(ORDERS_MAX);
-        let opened = Input::Opened { worker, hello: hello.into(), orders: orders.clone() };
-        self.hand_in(opened).await?;
-        tokio::spawn(pump(worker, requests, self.inputs.clone(), orders));
+        let (open, cut) = oneshot::channel();
+        let number = self.sessions.fetch_add(1, Ordering::Relaxed);
+        let session = Session::new(number, orders, open);
+        self.hand_in(Input::Opened { worker, hello: hello.into(), session }).await?;
+        tokio::spawn(pump(worker, number, requests, self.inputs.clone(), cut));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
     }
 
@@ -171,14 +189,15 @@ fn ending() -> Status {
 /// Hands in what a worker says until its session ends.
 async fn pump(
     worker: WorkerId,
+    session: u64,
     mut requests: Streaming<v1::SessionRequest>,
     inputs: mpsc::Sender<Input>,
-    orders: mpsc::Sender<v1::SessionResponse>,
+    mut cut: oneshot::Receiver<()>,
 ) {
     loop {
         let message = tokio::select! {
             message = requests.message() => message,
-            () = orders.closed() => break, // The host ended the session.
+            _ = &mut cut => break, // The host ended the session: its end was dropped.
         };
         let Ok(Some(v1::SessionRequest { kind: Some(Kind::Report(report)), .. })) = message else {
             break;
@@ -196,7 +215,7 @@ async fn pump(
             }
         }
     }
-    drop(inputs.send(Input::Closed { worker, orders }).await); // The host may be gone as well.
+    drop(inputs.send(Input::Closed { worker, session }).await); // The host may be gone as well.
 }
 
 /// Sends a watcher the log from `next` on, and liveness in between, until it goes or the host ends.
@@ -241,7 +260,10 @@ async fn follow(
                 Err(RecvError::Closed) => return,
             },
             _ = tick.tick() => {
-                if liveness.has_changed().unwrap_or(false) {
+                let Ok(changed) = liveness.has_changed() else {
+                    return send_rest(&mut live, next, &responses).await; // The host has ended.
+                };
+                if changed {
                     let kind = watch_response::Kind::Liveness(liveness.borrow_and_update().clone());
                     if responses.send(v1::WatchResponse { kind: Some(kind) }).await.is_err() {
                         return;
@@ -249,6 +271,19 @@ async fn follow(
                 }
             }
             () = responses.closed() => return,
+        }
+    }
+}
+
+/// What the host had published and this watcher had not been sent yet when the host ended.
+async fn send_rest(
+    live: &mut broadcast::Receiver<Arc<v1::LogEntry>>,
+    next: u64,
+    responses: &mpsc::Sender<v1::WatchResponse>,
+) {
+    while let Ok(entry) = live.try_recv() {
+        if entry.sequence >= next && send_entry(responses, (*entry).clone()).await.is_err() {
+            return;
         }
     }
 }
