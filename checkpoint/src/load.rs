@@ -106,8 +106,7 @@ impl fmt::Display for LoadError {
         match intact {
             Some(intact) => write!(
                 f,
-                "; restore the object, or resume from step {intact}, which is intact, with \
-                 --set resume_from={intact}"
+                "; restore the object from a copy (the checkpoint of step {intact} is intact)"
             ),
             None if fault.is_damage() => {
                 f.write_str("; restore the object: no other checkpoint is intact")

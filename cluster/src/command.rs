@@ -85,6 +85,8 @@ pub enum Order {
 pub struct Group {
     /// Its number.
     pub generation: Generation,
+    /// The leadership that opened it; a later one may be the one that says so.
+    pub term: Term,
     /// Its members by rank.
     pub members: Vec<Member>,
     /// Whether the generation before is intact: then its members leave it together, between two

@@ -331,6 +331,7 @@ impl Coordinator {
     fn group(&self) -> Group {
         Group {
             generation: self.ledger.generation,
+            term: self.ledger.opened_in,
             members: self.ledger.members.clone(),
             planned: self.ledger.planned,
             checkpoint: self.ledger.checkpoint_offered,

@@ -11,6 +11,8 @@ pub struct Ledger {
     pub term: Term,
     /// The newest generation; 0 before the first.
     pub generation: Generation,
+    /// The leadership that opened it.
+    pub opened_in: Term,
     /// Its members by rank.
     pub members: Vec<Member>,
     /// Whether the generation before it was intact when it was opened.
@@ -76,6 +78,7 @@ impl Ledger {
             }
             Record::GenerationOpened { generation, members, planned, .. } => {
                 self.generation = *generation;
+                self.opened_in = self.term;
                 self.members.clone_from(members);
                 self.planned = *planned;
                 self.formed = false;

@@ -410,6 +410,7 @@ fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
     });
     v1::Group {
         generation: group.generation.0,
+        term: group.term.0,
         members: members.collect(),
         planned: group.planned,
         checkpoint: group.checkpoint.map(|step| step.0),
@@ -435,6 +436,7 @@ fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
     }
     Ok(Group {
         generation: Generation(group.generation),
+        term: Term(group.term),
         members,
         planned: group.planned,
         checkpoint: group.checkpoint.map(Step),
@@ -524,6 +526,7 @@ mod tests {
             Order::Welcome { term: Term(4) },
             Order::Form(Group {
                 generation: Generation(7),
+                term: Term(3),
                 members: vec![member],
                 planned: true,
                 checkpoint: Some(Step(0)),

@@ -8,7 +8,7 @@ use figment::{
     providers::{Format, Serialized, Toml},
 };
 
-use crate::Recipe;
+use crate::{Recipe, ranges};
 
 /// The recipes that ship with the program: name and TOML text.
 pub const BUILT_IN: &[(&str, &str)] =
@@ -48,6 +48,14 @@ pub enum RecipeError {
         key: String,
         /// What is wrong.
         problem: String,
+    },
+    /// Values of the right type that cannot be, all of them.
+    #[error("recipe {origin}: {}", problems.join("; "))]
+    OutOfRange {
+        /// The file or the built-in recipe.
+        origin: String,
+        /// One sentence a problem, each naming its key.
+        problems: Vec<String>,
     },
     /// A `--set` that is not `key=value`.
     #[error(
@@ -110,7 +118,12 @@ impl Recipe {
             layered = layered.merge(Serialized::default(key, value));
             layered.extract::<Self>().map_err(|error| explain(&format!("--set {set}"), error))?;
         }
-        layered.extract().map_err(|error| explain(origin, error))
+        let recipe: Self = layered.extract().map_err(|error| explain(origin, error))?;
+        let problems = ranges::problems(&recipe);
+        if problems.is_empty() {
+            return Ok(recipe);
+        }
+        Err(RecipeError::OutOfRange { origin: origin.to_owned(), problems })
     }
 }
 
@@ -245,6 +258,14 @@ mod tests {
     fn a_value_of_the_wrong_kind_is_named_with_its_key() {
         let refusal = refusal("[schedule]\nlr = \"fast\"", &[]);
         assert!(refusal.starts_with("recipe mine.toml: key \"schedule.lr\": "), "{refusal}");
+    }
+
+    #[test]
+    fn values_out_of_range_are_all_named_at_once() {
+        let refusal = refusal("batch_size = 1\n[loss]\nt_kd = 0.0", &["ema.decay=nan"]);
+        for key in ["batch_size = 1", "loss.t_kd = 0", "ema.decay = NaN"] {
+            assert!(refusal.contains(key), "{key} in {refusal}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! refused. The sections `[elastic]` and `[checkpoint]` change none and may differ.
 
 mod layers;
+mod ranges;
 mod sections;
 
 use cluster::{InvalidConfig, RunConfig, RunId, Step, Timeouts};

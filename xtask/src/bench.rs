@@ -19,7 +19,6 @@ pub(crate) enum Benchmark {
 }
 
 pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
-    workspace.check_program()?;
     setup::run(workspace)?;
     test::build(workspace)?;
     match benchmark {

@@ -23,7 +23,6 @@ the same as that of a run that nobody disturbed. It takes a few minutes on two c
 ";
 
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
-    workspace.check_program()?;
     setup::run(workspace)?;
     test::build(workspace)?;
     let run_dir = unused_run_dir(&workspace.root);

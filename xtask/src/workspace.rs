@@ -78,16 +78,6 @@ impl Workspace {
         cargo
     }
 
-    /// That the command `percheron` is in this checkout: said before minutes of set-up, not after.
-    pub(crate) fn check_program(&self) -> Result<()> {
-        anyhow::ensure!(
-            self.root.join("cli/Cargo.toml").is_file(),
-            "this needs the command percheron (crate cli), which is not in this checkout yet; \
-             CHANGELOG.md lists what is"
-        );
-        Ok(())
-    }
-
     /// One of this workspace's release binaries.
     pub(crate) fn binary(&self, name: &str) -> Command {
         self.command(self.target.join("release").join(name))

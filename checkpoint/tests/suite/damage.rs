@@ -26,8 +26,7 @@ async fn load_after(damage: impl FnOnce(&Folder)) -> String {
     assert!(error.fault.is_damage());
     assert_eq!(error.intact, Some(Step(20)));
     let text = error.to_string();
-    let advice = "; restore the object, or resume from step 20, which is intact, with \
-                  --set resume_from=20";
+    let advice = "; restore the object from a copy (the checkpoint of step 20 is intact)";
     let text = text.strip_suffix(advice).unwrap();
     text.replace(folder.store.location(), "RUN")
 }

@@ -16,6 +16,7 @@ fn group(generation: u64, members: &[WorkerId], planned: bool) -> Group {
     };
     Group {
         generation: Generation(generation),
+        term: Term(1),
         members: members.iter().map(member).collect(),
         planned,
         checkpoint: None,

@@ -46,7 +46,15 @@ impl MeshListener {
     /// # Errors
     /// If the address cannot be bound, or a thread or descriptor cannot be had.
     pub fn bind(address: SocketAddr, config: MeshConfig) -> io::Result<Self> {
-        let socket = TcpListener::bind(address)?;
+        Self::on(TcpListener::bind(address)?, config)
+    }
+
+    /// Takes over a socket that was bound before its patience was known. Who dialled it meanwhile
+    /// has been waiting in its queue.
+    ///
+    /// # Errors
+    /// If a thread or descriptor cannot be had.
+    pub fn on(socket: TcpListener, config: MeshConfig) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let local_addr = socket.local_addr()?;
         let parking = Arc::new(Parking::default());

@@ -1,0 +1,217 @@
+//! `percheron status`: how far a run is, from its coordinator or, if there is none, from its log.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use checkpoint::{Store, committed_steps};
+use clap::Args;
+use cluster::{Outcome, Step};
+use coordinator::EventLog;
+use proto::v1::{Liveness, watch_response::Kind};
+use serde::Serialize;
+use tokio::time::timeout;
+
+use crate::{
+    client::{self, Client},
+    print,
+    run_dir::{Contents, RunDir},
+    up::{Report, Top1},
+};
+
+/// How long a coordinator may take to answer before the log is read instead.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// A coordinator that says nothing for so long has said all it knows.
+const SILENCE: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The folder of the run.
+    #[arg(long, value_name = "DIR")]
+    run_dir: PathBuf,
+    /// Print one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Status {
+    run: String,
+    run_dir: String,
+    /// `new`, `gathering`, `forming`, `training`, `finished` or `failed`; `stopped` without a
+    /// coordinator.
+    state: &'static str,
+    reason: Option<String>,
+    coordinator: Option<String>,
+    step: u64,
+    steps_total: Option<u64>,
+    epoch: Option<u64>,
+    generation: u64,
+    repeated_steps: u64,
+    members: Vec<Member>,
+    evaluation: Option<Scores>,
+    checkpoints: Vec<u64>,
+    state_sha256: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Member {
+    name: String,
+    virtual_ranks: [u32; 2],
+    phase: Option<String>,
+    resident_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Scores {
+    step: u64,
+    top1: Top1,
+    ema_top1: Top1,
+}
+
+pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
+    let dir = RunDir::at(&arguments.run_dir)?;
+    if dir.contents()? == Contents::Nothing {
+        bail!("run directory {dir} holds no run: there is no recipe.toml in it");
+    }
+    let status = find(&dir).await?;
+    if arguments.json {
+        print::out(&serde_json::to_string(&status).context("the status cannot be written")?);
+    } else {
+        status.show();
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn find(dir: &RunDir) -> Result<Status> {
+    let (coordinator, report, liveness) = match ask(dir).await? {
+        Some((address, report, liveness)) => (Some(address), report, liveness),
+        None if dir.log().exists() => {
+            let entries = EventLog::open(&dir.log())?.read_from(1)?;
+            (None, Report::of(&entries), Liveness::default())
+        }
+        None => (None, Report::default(), Liveness::default()),
+    };
+    let store = Store::open(dir.location())?;
+    let checkpoints = committed_steps(&store).await?;
+    let run = dir.run()?.to_string();
+    Ok(Status::of(run, dir, coordinator, &report, &liveness, &checkpoints))
+}
+
+/// What the coordinator says; nothing if there is none.
+async fn ask(dir: &RunDir) -> Result<Option<(String, Report, Liveness)>> {
+    let Some(address) = dir.read_address() else { return Ok(None) };
+    let client = Client::new(&address, dir.run()?, &dir.read_token()?)?;
+    let Ok(Ok(mut stream)) = timeout(ANSWER_MAX, client.watch(1)).await else { return Ok(None) };
+    let mut report = Report::default();
+    let mut liveness = Liveness::default();
+    // The log comes first, then the first news of the workers.
+    while let Ok(Ok(Some(message))) = timeout(SILENCE, stream.message()).await {
+        match message.kind {
+            Some(Kind::Entry(entry)) => report.apply(&client::entry(&entry)?),
+            Some(Kind::Liveness(told)) => {
+                liveness = told;
+                break;
+            }
+            None => {}
+        }
+    }
+    Ok((report.last() > 0).then_some((address, report, liveness)))
+}
+
+impl Status {
+    fn of(
+        run: String,
+        dir: &RunDir,
+        coordinator: Option<String>,
+        report: &Report,
+        liveness: &Liveness,
+        checkpoints: &[Step],
+    ) -> Self {
+        let ledger = report.ledger();
+        let (mut reason, mut state_sha256) = (None, None);
+        let state = match &ledger.outcome {
+            Some(Outcome::Finished { state_sha256: digest, .. }) => {
+                state_sha256 = Some(digest.clone());
+                "finished"
+            }
+            Some(Outcome::Failed { reason: why }) => {
+                reason = Some(why.clone());
+                "failed"
+            }
+            None if report.last() == 0 => "new",
+            None if coordinator.is_none() => "stopped",
+            None if ledger.members.is_empty() || !ledger.lost.is_empty() => "gathering",
+            None if ledger.formed => "training",
+            None => "forming",
+        };
+        let members = ledger.members.iter().map(|member| {
+            let said = liveness.workers.iter().find(|worker| worker.worker == member.worker.0);
+            let progress = said.and_then(|said| said.progress.as_ref());
+            let phase = progress.and_then(|p| proto::progress(p).ok()).map(|p| p.phase.to_string());
+            Member {
+                name: member.name.clone(),
+                virtual_ranks: [member.block.start, member.block.end],
+                phase,
+                resident_bytes: progress.map(|progress| progress.resident_bytes),
+            }
+        });
+        let step = ledger.canonical.0;
+        Self {
+            run,
+            run_dir: dir.location().to_owned(),
+            state,
+            reason,
+            coordinator,
+            step,
+            steps_total: report.plan().map(|plan| plan.steps_total.0),
+            epoch: report.plan().map(|plan| step / plan.steps_per_epoch),
+            generation: ledger.generation.0,
+            repeated_steps: ledger.repeated,
+            members: members.collect(),
+            evaluation: report.evaluation().map(|evaluation| Scores {
+                step: evaluation.step.0,
+                top1: Top1::of(&evaluation.weights),
+                ema_top1: Top1::of(&evaluation.ema),
+            }),
+            checkpoints: checkpoints.iter().map(|step| step.0).collect(),
+            state_sha256,
+        }
+    }
+
+    fn show(&self) {
+        let row = |name: &str, value: String| print::out(&format!("  {name:<12} {value}"));
+        print::out(&format!("run {} in {}", self.run, self.run_dir));
+        match &self.reason {
+            Some(reason) => row("state", format!("{}: {reason}", self.state)),
+            None => row("state", self.state.to_owned()),
+        }
+        let total = self.steps_total.map(|total| format!(" of {total}")).unwrap_or_default();
+        let epoch = self.epoch.map(|epoch| format!(", {epoch} epochs done")).unwrap_or_default();
+        row("step", format!("{}{total}{epoch}", self.step));
+        row("generation", format!("{}, {} steps repeated", self.generation, self.repeated_steps));
+        for Member { name, virtual_ranks: [start, end], phase, resident_bytes } in &self.members {
+            let phase = phase.as_ref().map(|phase| format!(", {phase}")).unwrap_or_default();
+            let memory = resident_bytes.map(|b| format!(", {} MiB", b >> 20)).unwrap_or_default();
+            row("member", format!("{name}: virtual ranks {start}..{end}{phase}{memory}"));
+        }
+        if let Some(Scores { step, top1, ema_top1 }) = &self.evaluation {
+            for (whose, Top1 { early3, att, cnn, merge }) in
+                [("weights", top1), ("average", ema_top1)]
+            {
+                row(
+                    "top-1 in %",
+                    format!(
+                        "{whose} at step {step}: early3 {early3:.1}, att {att:.1}, cnn {cnn:.1}, \
+                         merge {merge:.1}"
+                    ),
+                );
+            }
+        }
+        let kept: Vec<_> = self.checkpoints.iter().map(ToString::to_string).collect();
+        row("checkpoints", if kept.is_empty() { "none".to_owned() } else { kept.join(", ") });
+        if let Some(digest) = &self.state_sha256 {
+            row("state sha256", digest.clone());
+        }
+        row("coordinator", self.coordinator.clone().unwrap_or_else(|| "none".to_owned()));
+    }
+}

@@ -1,0 +1,61 @@
+//! `percheron up`: a whole run on this machine.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use crate::{
+    print,
+    up::{Ending, Request, Start, Summary, prepare, supervise, words},
+};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// A built-in recipe (see `percheron recipe list`) or a file. May be left out if --run-dir holds a
+    /// run: then its own recipe is taken.
+    #[arg(long, value_name = "NAME|PATH")]
+    recipe: Option<String>,
+    /// How many workers to start; at most the recipe's virtual_ranks.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    workers: u32,
+    /// The folder of the run. One that holds a run of the same recipe goes on from its newest
+    /// checkpoint [default: the first free of runs/NAME-001, runs/NAME-002, ...].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Lay a value over the recipe, such as `seed=7` or `ema.decay=0.99`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Disturb the run when it reaches a step: kill@STEP, join@STEP, stop@STEP (a worker hangs) and
+    /// coordinator-kill@STEP, separated by commas, such as kill@60,join@90.
+    #[arg(long, value_name = "SPEC")]
+    chaos: Option<String>,
+    /// Print the result as one line of JSON; what happens on the way goes to the standard error.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
+    let Arguments { recipe, workers, run_dir, sets, chaos, json } = arguments;
+    let start = prepare(Request { recipe, workers, run_dir, sets, chaos, json }).await?;
+    let ending = match start {
+        Start::Finished(summary) => Ending::Finished(summary),
+        Start::Run(prepared) => supervise(*prepared).await?,
+    };
+    match ending {
+        Ending::Finished(summary) => {
+            show(&summary, json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Ending::Interrupted => Ok(ExitCode::from(130)),
+    }
+}
+
+fn show(summary: &Summary, json: bool) -> Result<()> {
+    if json {
+        print::out(&serde_json::to_string(summary).context("the result cannot be written")?);
+    } else {
+        words::sum_up(summary).iter().for_each(|line| print::out(line));
+    }
+    Ok(())
+}

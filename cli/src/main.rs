@@ -1,0 +1,33 @@
+//! `percheron`, the command line of the elastic trainer: each subcommand is a thin face of a library.
+//!
+//! It links no torch. What needs torch is done by `percheron-worker`, which lies beside it.
+
+mod client;
+mod command;
+mod print;
+mod run_dir;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::command::Command;
+
+/// Trains an early-exit image classifier on workers that come and go: the same bits, whatever happens.
+#[derive(Debug, Parser)]
+#[command(name = "percheron", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command.run() {
+        Ok(code) => code,
+        Err(error) => {
+            print::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

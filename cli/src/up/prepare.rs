@@ -1,0 +1,263 @@
+//! Everything that can be wrong with a run before it starts. All is checked before anything is written.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use checkpoint::{Checkpoint, LoadError, Store, committed_steps};
+use cluster::{Outcome, Record, RunConfig, RunId, Step};
+use coordinator::{EventLog, LogError};
+use recipe::Recipe;
+use shards::Dataset;
+
+use crate::{
+    run_dir::{Contents, Lock, RunDir, free_run_dir},
+    up::{
+        chaos::Chaos,
+        report::{Report, Summary},
+        worker_program,
+    },
+};
+
+/// How long the coordinator of an `up` that has just ended may still hold the event log.
+const LOG_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a person asked for.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) recipe: Option<String>,
+    pub(crate) workers: u32,
+    pub(crate) run_dir: Option<PathBuf>,
+    pub(crate) sets: Vec<String>,
+    pub(crate) chaos: Option<String>,
+    pub(crate) json: bool,
+}
+
+/// A run that can be started.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) dir: RunDir,
+    pub(crate) lock: Lock,
+    pub(crate) plan: RunConfig,
+    pub(crate) token: String,
+    /// Threads inside an operation of a worker.
+    pub(crate) threads: u32,
+    pub(crate) chaos: Chaos,
+    pub(crate) json: bool,
+    pub(crate) worker_program: PathBuf,
+    /// What the event log says so far.
+    pub(crate) report: Report,
+}
+
+/// What there is to do.
+#[derive(Debug)]
+pub(crate) enum Start {
+    /// To train.
+    Run(Box<Prepared>),
+    /// Nothing: the run is finished.
+    Finished(Box<Summary>),
+}
+
+/// Checks the request, and writes what makes the folder a run.
+///
+/// # Errors
+/// The first problem, with the file or key it is in and what to do.
+pub(crate) async fn prepare(request: Request) -> Result<Start> {
+    let chaos = request.chaos.as_deref().map(str::parse).transpose()?.unwrap_or_default();
+    let given = request.run_dir.as_deref().map(RunDir::at).transpose()?;
+    let stored = match &given {
+        Some(dir) => dir.contents()?,
+        None => Contents::Nothing,
+    };
+    let recipe = asked_recipe(&request, given.as_ref(), &stored)?;
+    if let (Some(dir), Contents::Run(stored)) = (&given, &stored) {
+        check_same(dir, stored, &recipe)?;
+    }
+    let samples = check_dataset(&recipe)?;
+    let run = match &given {
+        Some(dir) => dir.run()?,
+        None => RunId::try_from("unnamed".to_owned())?, // Until its folder has a name.
+    };
+    let name = request.recipe.as_deref().unwrap_or(&recipe.name);
+    let planned = recipe.plan(run, samples, request.workers);
+    let mut plan = planned.with_context(|| format!("recipe {name}"))?;
+
+    let (dir, lock, report, worker_program) = match (given, stored) {
+        (Some(dir), Contents::Run(_)) => {
+            let lock = dir.lock()?;
+            let report = check_history(&dir).await?;
+            if let Some(summary) = report.summary(plan.run.as_str(), dir.location()) {
+                return Ok(Start::Finished(Box::new(summary)));
+            }
+            (dir, lock, report, worker_program()?)
+        }
+        (given, _) => {
+            let worker_program = worker_program()?;
+            let dir = given.map_or_else(|| free_run_dir(&recipe.name), Ok)?;
+            let lock = dir.lock()?;
+            (dir, lock, Report::default(), worker_program)
+        }
+    };
+    plan.run = dir.run()?;
+    dir.write(&plan.run, &recipe)?;
+    let token = dir.read_token()?;
+    let (threads, json) = (recipe.threads, request.json);
+    let prepared =
+        Prepared { dir, lock, plan, token, threads, chaos, json, worker_program, report };
+    Ok(Start::Run(Box::new(prepared)))
+}
+
+/// The recipe that is asked for, with a location that means the same from everywhere.
+fn asked_recipe(request: &Request, dir: Option<&RunDir>, stored: &Contents) -> Result<Recipe> {
+    let mut recipe = match (&request.recipe, dir, stored) {
+        (Some(name), _, _) => Recipe::load(name, &request.sets)?,
+        (None, Some(dir), Contents::Run(_)) => {
+            Recipe::load(&dir.recipe().display().to_string(), &request.sets)?
+        }
+        (None, _, _) => {
+            bail!("no recipe is given: say --recipe NAME or PATH (see `percheron recipe list`)")
+        }
+    };
+    let location = &mut recipe.data.location;
+    if location.is_empty() {
+        let name = request.recipe.as_deref().unwrap_or(&recipe.name);
+        bail!(
+            "recipe {name}: key \"data.location\" is not set: give a folder that `percheron shards \
+             pack` wrote, such as --set data.location=DIR, or builtin:digits"
+        );
+    }
+    let is_url = location.contains("://") || location.starts_with("builtin:");
+    if !is_url {
+        let absolute = std::path::absolute(&*location).context("key \"data.location\"")?;
+        *location = absolute.display().to_string();
+    }
+    Ok(recipe)
+}
+
+fn check_same(dir: &RunDir, stored: &Recipe, asked: &Recipe) -> Result<()> {
+    let differences = stored.differences(asked);
+    if !differences.is_empty() {
+        bail!(
+            "run directory {dir} holds a run of another recipe; in {} and as asked for, these keys \
+             are: {}; choose another --run-dir, or leave them as they are stored",
+            dir.recipe().display(),
+            differences.join("; ")
+        );
+    }
+    Ok(())
+}
+
+/// Opens both splits; returns the number of training samples.
+fn check_dataset(recipe: &Recipe) -> Result<u64> {
+    let location = &recipe.data.location;
+    let open = |key: &str, split: &str| {
+        Dataset::open(location, split).with_context(|| format!("key \"data.{key}\""))
+    };
+    let train = open("train", &recipe.data.train)?;
+    let validation = open("validation", &recipe.data.validation)?;
+    if train.classes() != validation.classes() {
+        bail!(
+            "dataset {location}: the splits {:?} and {:?} have different classes: pack both from the \
+             same class folders",
+            recipe.data.train,
+            recipe.data.validation
+        );
+    }
+    let (found, classes) = (train.classes().len(), recipe.model.classes);
+    if found > classes as usize {
+        bail!(
+            "dataset {location} has {found} classes and key \"model.classes\" is {classes}: set \
+             model.classes={found}"
+        );
+    }
+    Ok(train.len())
+}
+
+/// What is there of a run that was begun: its log, and the checkpoint that it would go on from.
+async fn check_history(dir: &RunDir) -> Result<Report> {
+    let mut log = if dir.log().exists() { Some(open_log(dir).await?) } else { None };
+    let entries = log.as_ref().map(|log| log.read_from(1)).transpose()?.unwrap_or_default();
+    let mut report = Report::of(&entries);
+    match &report.ledger().outcome {
+        Some(Outcome::Finished { .. }) => return Ok(report),
+        Some(Outcome::Failed { reason }) => bail!(
+            "the run in {dir} has failed and cannot go on: {reason}; start it again in another \
+             --run-dir"
+        ),
+        None => {}
+    }
+    let store = Store::open(dir.location())?;
+    let committed = committed_steps(&store).await?;
+    if let Some(&newest) = committed.first() {
+        let checked = match Checkpoint::open(&store, newest).await {
+            Ok(checkpoint) => checkpoint.verify().await,
+            Err(error) => Err(error),
+        };
+        checked.map_err(|error| explain(dir, &error))?;
+    }
+    if let Some(log) = &mut log {
+        forget_missing(dir, log, &mut report, &committed)?;
+    }
+    Ok(report)
+}
+
+/// A checkpoint that was taken away, because it was damaged for instance, is no longer counted on.
+fn forget_missing(
+    dir: &RunDir,
+    log: &mut EventLog,
+    report: &mut Report,
+    committed: &[Step],
+) -> Result<()> {
+    let is_there = |step: &Step| committed.contains(step);
+    let kept = report.ledger().checkpoints.iter().rev();
+    let missing: Vec<Step> = kept.take_while(|step| !is_there(step)).copied().collect();
+    let Some((&newest, &at)) = missing
+        .first()
+        .zip(log.read_from(log.last())?.last().map(|e| &e.at).as_ref().map(|at| *at))
+    else {
+        return Ok(());
+    };
+    let reason = "it is no longer in the run directory".to_owned();
+    let records = missing
+        .iter()
+        .map(|&step| Record::CheckpointAbandoned { step, reason: reason.clone() })
+        .collect::<Vec<_>>();
+    let mut after = report.ledger().clone();
+    records.iter().for_each(|record| after.apply(record));
+    if after.checkpoints.last().is_some_and(|step| !is_there(step)) {
+        bail!(
+            "the run in {dir} counts on its checkpoint of step {newest}, which is not in {dir}/\
+             checkpoints any more: put it back"
+        );
+    }
+    log.append(at, &records)?.iter().for_each(|entry| report.apply(entry));
+    Ok(())
+}
+
+fn explain(dir: &RunDir, error: &LoadError) -> anyhow::Error {
+    let LoadError { step, fault, intact } = error;
+    let folder = format!("{dir}/checkpoints/step-{:010}", step.0);
+    let advice = match intact {
+        Some(intact) => format!(
+            "restore that object from a copy, or move the folder {folder} away to go on from step \
+             {intact}, which is intact"
+        ),
+        None if fault.is_damage() => {
+            format!("restore that object from a copy: no other checkpoint in {dir} is intact")
+        }
+        None => "try again when the store answers".to_owned(),
+    };
+    anyhow::anyhow!("the checkpoint of step {step} cannot be used: {fault}; {advice}")
+}
+
+/// The coordinator of an `up` that has just been killed ends a moment after it.
+async fn open_log(dir: &RunDir) -> Result<EventLog> {
+    let give_up = tokio::time::Instant::now() + LOG_PATIENCE;
+    loop {
+        match EventLog::open(&dir.log()) {
+            Err(LogError::InUse { .. }) if tokio::time::Instant::now() < give_up => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            opened => return Ok(opened?),
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Starting the coordinator and the workers, and laying hands on them.
+
+use std::{path::PathBuf, time::Duration};
+
+use nix::sys::signal::Signal;
+use tokio::process::Command;
+
+use super::*;
+use crate::up::process::{Process, spawn};
+
+/// How long a coordinator may take until it listens.
+const START_MAX: Duration = Duration::from_secs(30);
+/// Its address comes as a file, which is looked for so often.
+const ADDRESS_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The coordinator's process.
+#[derive(Debug)]
+pub(super) struct Coordinator {
+    process: Process,
+    /// Whether it was killed on request.
+    pub(super) staged: bool,
+    address_watch: JoinHandle<()>,
+}
+
+/// The process of a worker.
+#[derive(Debug)]
+pub(super) struct Worker {
+    process: Process,
+    /// Whether it hangs on request.
+    pub(super) stopped: bool,
+    /// Whether it was killed on request.
+    pub(super) staged: bool,
+}
+
+impl Coordinator {
+    pub(super) fn kill(&mut self) {
+        self.staged = true;
+        self.process.signal(Signal::SIGKILL);
+    }
+
+    pub(super) fn ask_to_end(&self) {
+        self.process.close_input();
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        self.address_watch.abort();
+    }
+}
+
+impl Worker {
+    pub(super) fn kill(&mut self) {
+        self.staged = true;
+        self.process.signal(Signal::SIGKILL);
+    }
+
+    pub(super) fn stop(&mut self) {
+        self.stopped = true;
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    /// One that hangs cannot be asked.
+    pub(super) fn ask_to_end(&mut self) {
+        if self.stopped { self.kill() } else { self.process.close_input() }
+    }
+}
+
+impl Supervisor {
+    /// Starts the coordinator: at a free port, or where it was before.
+    pub(super) fn start_coordinator(&mut self) -> Result<()> {
+        let file = self.dir.address();
+        match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let what = format!("{} cannot be removed", file.display());
+                return Err(anyhow!(error).context(what));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        let this = std::env::current_exe().context("this program cannot tell where it lies")?;
+        let mut command = Command::new(this);
+        command
+            .arg("coordinator")
+            .args(["--workers", &self.plan.workers_expected.to_string()])
+            .args(["--listen", self.address.as_deref().unwrap_or("127.0.0.1:0")])
+            .arg("--recipe")
+            .arg(self.dir.recipe())
+            .arg("--run-dir")
+            .arg(self.dir.location())
+            .arg("--addr-file")
+            .arg(&file)
+            .arg("--exit-with-stdin");
+        let log = self.dir.process_log("coordinator");
+        let process = spawn(command, &log, self.happenings.clone(), Happening::CoordinatorEnded)?;
+        let address_watch = tokio::spawn(wait_for_address(file, log, self.happenings.clone()));
+        self.coordinator = Some(Coordinator { process, staged: false, address_watch });
+        Ok(())
+    }
+
+    /// The coordinator listens: the first time, all the rest is started.
+    pub(super) fn serving(&mut self, address: String) -> Result<()> {
+        if self.client.is_some() {
+            return Ok(());
+        }
+        let client = Client::new(&address, self.plan.run.clone(), &self.token)?;
+        let (last, happenings) = (self.report.last(), self.happenings.clone());
+        self.tasks.push(tokio::spawn(watch::follow(
+            client.clone(),
+            last,
+            happenings,
+            Happening::News,
+        )));
+        self.address = Some(address);
+        self.client = Some(client);
+        self.report_former_workers();
+        for _ in 0..self.plan.workers_expected {
+            self.start_worker()?;
+        }
+        Ok(())
+    }
+
+    /// The workers of an `up` before this one ended with it. It holds the folder no more, so they are
+    /// gone, and nobody needs to wait until their leases are out.
+    fn report_former_workers(&mut self) {
+        let ledger = self.report.ledger();
+        let members = ledger.members.iter().chain(&ledger.intact_members);
+        let former: std::collections::BTreeSet<_> = members.map(|member| member.worker).collect();
+        let left: Vec<_> = former.into_iter().filter(|id| !ledger.lost.contains(id)).collect();
+        for worker in left {
+            self.report_exit(worker, "it ended with the `percheron up` before this one".to_owned());
+        }
+    }
+
+    /// Starts a worker under the next number.
+    pub(super) fn start_worker(&mut self) -> Result<u32> {
+        let number = self.workers_next;
+        let name = format!("worker-{number}");
+        let address = self.address.as_deref().expect("workers are started when it listens");
+        let mut command = Command::new(&self.worker_program);
+        command
+            .args(["--coordinator", &format!("http://{address}")])
+            .args(["--run", self.plan.run.as_str()])
+            .arg("--token-file")
+            .arg(self.dir.token())
+            .args(["--name", &name])
+            .args(["--threads", &self.threads.to_string()])
+            .arg("--exit-with-stdin");
+        let log = self.dir.process_log(&name);
+        let process = spawn(command, &log, self.happenings.clone(), move |end| {
+            Happening::WorkerEnded(number, end)
+        })?;
+        self.workers.insert(number, Worker { process, stopped: false, staged: false });
+        self.workers_next += 1;
+        Ok(number)
+    }
+}
+
+/// The file appears in one piece, so what is in it is complete.
+async fn wait_for_address(file: PathBuf, log: PathBuf, happenings: mpsc::Sender<Happening>) {
+    let look = async {
+        loop {
+            if let Ok(address) = std::fs::read_to_string(&file) {
+                return address;
+            }
+            tokio::time::sleep(ADDRESS_INTERVAL).await;
+        }
+    };
+    let happening = match tokio::time::timeout(START_MAX, look).await {
+        Ok(address) => Happening::Serving(address),
+        Err(_) => {
+            let (seconds, log) = (START_MAX.as_secs(), log.display());
+            let error = anyhow!("the coordinator did not listen within {seconds} s; see {log}");
+            Happening::News(News::Lost(error))
+        }
+    };
+    happenings.send(happening).await.ok(); // The run may have been given up meanwhile.
+}

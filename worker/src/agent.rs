@@ -1,0 +1,613 @@
+//! The worker's control plane: hosts the rules, speaks with the coordinator, starts and steers training.
+
+mod outbox;
+mod session;
+
+use std::{
+    collections::BTreeMap,
+    io::Read as _,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc as thread_channel},
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use checkpoint::{SaveError, Store, save_part};
+use cluster::{
+    Action, Exit, Fingerprint, Generation, Hello, Notice, Part, Participant, Report, RunId, Share,
+    WorkerId,
+};
+use proto::v1::{self, session_request::Kind as Said, session_response::Kind as Heard};
+use recipe::Recipe;
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, Interval, MissedTickBehavior},
+};
+use tracing::{info, warn};
+
+use self::{
+    outbox::Outbox,
+    session::{Link, Target},
+};
+use crate::{
+    progress::Progress,
+    train::{Formation, KeepAt, Orders, ShareBytes, Told, Trainer, chain},
+};
+
+/// Links that may wait for the agent.
+const LINKS_MAX: usize = 64;
+/// How often a part is put before it is given up, and the pause before the second attempt.
+const SAVE_ATTEMPTS: u32 = 5;
+const SAVE_PAUSE: Duration = Duration::from_millis(200);
+/// Before the coordinator has said how often it wants to hear from a worker.
+const FIRST_HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long the end of a process waits for its last words to arrive.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What a worker is started with.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The coordinator, `http://host:port`.
+    pub coordinator: String,
+    /// The run.
+    pub run: RunId,
+    /// The file with the run's token.
+    pub token_file: PathBuf,
+    /// For people.
+    pub name: String,
+    /// Where peers reach this worker.
+    pub listen: SocketAddr,
+    /// Intra-op threads that libtorch was started with.
+    pub threads: u32,
+    /// Whether the end of standard input ends the worker.
+    pub exit_with_stdin: bool,
+}
+
+/// A worker that could not start, or whose training thread is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A setting that cannot be used.
+    #[error("{option}: {problem}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The system refused something.
+    #[error("cannot {attempt}")]
+    System {
+        /// What was attempted.
+        attempt: &'static str,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The training thread has panicked: a bug, whose text it has printed.
+    #[error("the training thread has panicked; its message is above")]
+    Panicked,
+}
+
+fn system(attempt: &'static str) -> impl Fn(std::io::Error) -> AgentError {
+    move |source| AgentError::System { attempt, source }
+}
+
+/// Takes part in a run until it is over for this worker.
+///
+/// `fingerprint` is what can change this worker's bits.
+///
+/// # Errors
+/// [`AgentError`].
+pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, AgentError> {
+    let target = target(&options)?;
+    let socket = TcpListener::bind(options.listen).map_err(system("listen for peers"))?;
+    let address = socket.local_addr().map_err(system("read the listening address"))?;
+    if address.ip().is_unspecified() {
+        let problem = format!("{address} is no address that peers can dial: name one");
+        return Err(AgentError::Option { option: "--listen", problem });
+    }
+    let worker = draw_worker_id().map_err(system("draw a worker id"))?;
+    let hello = Hello {
+        name: options.name.clone(),
+        address: address.to_string(),
+        fingerprint,
+        generation: None,
+        applied: None,
+    };
+    info!(%worker, name = options.name, %address, "worker started");
+
+    let (greeting, greetings) = watch::channel(wire_hello(worker, &hello));
+    let (links_sender, links) = mpsc::channel(LINKS_MAX);
+    tokio::spawn(session::keep(target, greetings, links_sender));
+    let (told_sender, told) = mpsc::unbounded_channel();
+    let mut agent = Agent {
+        options,
+        worker,
+        participant: Participant::new(worker),
+        hello,
+        greeting,
+        outbox: Outbox::default(),
+        requests: None,
+        progress: Arc::new(Progress::default()),
+        keep: Arc::new(KeepAt::default()),
+        told: told_sender,
+        socket: Some(socket),
+        training: None,
+        secrets: BTreeMap::new(),
+        uploads: JoinSet::new(),
+        finished: None,
+        exit: None,
+    };
+    agent.serve(links, told).await
+}
+
+fn target(options: &Options) -> Result<Target, AgentError> {
+    let problem =
+        |option: &'static str| move |problem: String| AgentError::Option { option, problem };
+    let endpoint = tonic::transport::Endpoint::from_shared(options.coordinator.clone())
+        .map_err(|_| format!("{:?} is not http://HOST:PORT", options.coordinator))
+        .map_err(problem("--coordinator"))?;
+    let token = read_token(&options.token_file).map_err(problem("--token-file"))?;
+    let token = token
+        .parse()
+        .map_err(|_| format!("{} holds more than a token", options.token_file.display()))
+        .map_err(problem("--token-file"))?;
+    Ok(Target {
+        endpoint,
+        address: options.coordinator.clone(),
+        run: options.run.to_string(),
+        token,
+    })
+}
+
+fn read_token(file: &Path) -> Result<String, String> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+    let token = text.trim();
+    if token.is_empty() {
+        Err(format!("{} is empty", file.display()))
+    } else {
+        Ok(token.to_owned())
+    }
+}
+
+/// 64 bits of the system's randomness: no two lives of a process share one.
+fn draw_worker_id() -> std::io::Result<WorkerId> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(WorkerId(u64::from_le_bytes(bytes)))
+}
+
+fn wire_hello(worker: WorkerId, hello: &Hello) -> v1::Hello {
+    v1::Hello::new(worker, hello, env!("CARGO_PKG_VERSION"))
+}
+
+/// The one task that owns the rules.
+struct Agent {
+    options: Options,
+    worker: WorkerId,
+    participant: Participant,
+    hello: Hello,
+    /// What the next session begins with.
+    greeting: watch::Sender<v1::Hello>,
+    outbox: Outbox,
+    /// Where messages go while a session stands.
+    requests: Option<mpsc::UnboundedSender<v1::SessionRequest>>,
+    progress: Arc<Progress>,
+    keep: Arc<KeepAt>,
+    told: mpsc::UnboundedSender<Told>,
+    /// Until the training thread takes it.
+    socket: Option<TcpListener>,
+    training: Option<TrainingThread>,
+    /// What opens the generations that were announced.
+    secrets: BTreeMap<Generation, [u8; 32]>,
+    uploads: JoinSet<Notice>,
+    /// The end of training, which is said after the last upload.
+    finished: Option<Notice>,
+    exit: Option<Exit>,
+}
+
+/// The training thread, as the agent sees it.
+struct TrainingThread {
+    recipe: String,
+    store: Store,
+    formations: thread_channel::Sender<Formation>,
+    thread: thread::JoinHandle<()>,
+    /// The newest formation that was sent there.
+    current: Option<(Generation, Arc<Orders>)>,
+}
+
+impl Agent {
+    async fn serve(
+        &mut self,
+        mut links: mpsc::Receiver<Link>,
+        mut told: mpsc::UnboundedReceiver<Told>,
+    ) -> Result<Exit, AgentError> {
+        let mut terminations = Terminations::listen(self.options.exit_with_stdin)?;
+        let mut heartbeat = every(FIRST_HEARTBEAT);
+        while self.exit.is_none() {
+            tokio::select! {
+                Some(link) = links.recv() => {
+                    if let Some(interval) = self.linked(link)? {
+                        heartbeat = every(interval);
+                    }
+                }
+                Some(told) = told.recv() => self.told(told)?,
+                Some(uploaded) = self.uploads.join_next() => {
+                    self.notice(uploaded.expect("an upload does not panic"))?;
+                    self.say_finished()?;
+                }
+                _ = heartbeat.tick() => self.beat()?,
+                reason = terminations.next() => {
+                    info!(reason, "this worker is asked to stop");
+                    self.notice(Notice::StopRequested { reason })?;
+                }
+            }
+        }
+        self.say_farewell(links).await?;
+        Ok(self.exit.take().expect("the loop ends with an exit"))
+    }
+
+    /// The session said something. Returns the interval of heartbeats, when that is news.
+    fn linked(&mut self, link: Link) -> Result<Option<Duration>, AgentError> {
+        match link {
+            Link::Opened(requests) => {
+                self.requests = Some(requests);
+                for report in self.outbox.unacknowledged().cloned().collect::<Vec<_>>() {
+                    self.send(report);
+                }
+            }
+            Link::Closed => self.requests = None,
+            Link::Rejected(reason) => self.exit = Some(Exit::Refused(reason)),
+            Link::Told(response) => return self.heard(response),
+        }
+        Ok(None)
+    }
+
+    fn heard(&mut self, response: v1::SessionResponse) -> Result<Option<Duration>, AgentError> {
+        let mut interval = None;
+        match &response.kind {
+            Some(Heard::Ack(ack)) => self.outbox.acknowledge(ack.sequence),
+            Some(Heard::Welcome(welcome)) => {
+                interval = Some(Duration::from_millis(welcome.heartbeat_ms.max(1)));
+                self.start_training(welcome)?;
+            }
+            Some(Heard::Form(group)) => {
+                if let Ok(secret) = <[u8; 32]>::try_from(&group.secret[..]) {
+                    self.secrets.insert(Generation(group.generation), secret);
+                }
+            }
+            Some(
+                Heard::CheckpointAt(_)
+                | Heard::Hold(_)
+                | Heard::Refuse(_)
+                | Heard::Finish(_)
+                | Heard::Fail(_),
+            )
+            | None => {}
+        }
+        if self.exit.is_some() {
+            return Ok(interval);
+        }
+        match proto::order_from_response(&response) {
+            Ok(Some(order)) => {
+                let term = cluster::Term(response.term);
+                self.notice(Notice::Ordered { term, order })?;
+            }
+            Ok(None) => {}
+            Err(error) => warn!(%error, "the coordinator says something unknown"),
+        }
+        Ok(interval)
+    }
+
+    /// The first welcome brings the recipe, and training can be prepared.
+    fn start_training(&mut self, welcome: &v1::Welcome) -> Result<(), AgentError> {
+        if let Some(training) = &self.training {
+            if training.recipe != welcome.recipe {
+                self.exit = Some(Exit::Refused(
+                    "the coordinator has another recipe than before: start new workers".to_owned(),
+                ));
+            }
+            return Ok(());
+        }
+        let threads = Recipe::from_toml("of the run", &welcome.recipe, &[]).map(|r| r.threads);
+        let store = Store::open(&welcome.checkpoints);
+        let store = match (threads, store) {
+            (Ok(threads), Ok(store)) if threads == self.options.threads => store,
+            (Ok(threads), Ok(_)) => {
+                self.exit = Some(Exit::Refused(format!(
+                    "recipe, threads = {threads}: this worker computes with {}; start it with \
+                     --threads {threads}",
+                    self.options.threads
+                )));
+                return Ok(());
+            }
+            (Err(error), _) => {
+                self.exit = Some(Exit::Refused(error.to_string()));
+                return Ok(());
+            }
+            (_, Err(error)) => {
+                let reason = format!("the checkpoints cannot be reached: {}", chain(&error));
+                self.exit = Some(Exit::Refused(reason));
+                return Ok(());
+            }
+        };
+        let trainer = Trainer {
+            run: self.options.run.clone(),
+            recipe: welcome.recipe.clone(),
+            checkpoints: welcome.checkpoints.clone(),
+            socket: self.socket.take().expect("training is started once"),
+            form_timeout: Duration::from_millis(welcome.form_ms.max(1)),
+            progress: Arc::clone(&self.progress),
+            keep: Arc::clone(&self.keep),
+            told: self.told.clone(),
+            runtime: Handle::current(),
+        };
+        let (formations, receiver) = thread_channel::channel();
+        let thread = thread::Builder::new()
+            .name("train".to_owned())
+            .spawn(move || trainer.run(&receiver))
+            .map_err(system("start the training thread"))?;
+        let recipe = welcome.recipe.clone();
+        self.training = Some(TrainingThread { recipe, store, formations, thread, current: None });
+        Ok(())
+    }
+
+    /// The training thread said something.
+    fn told(&mut self, told: Told) -> Result<(), AgentError> {
+        match told {
+            Told::Share { generation, share } => {
+                let store = self.training.as_ref().expect("it speaks").store.clone();
+                self.uploads.spawn(upload(store, generation, share));
+                Ok(())
+            }
+            Told::Notice(notice @ Notice::Finished { .. }) => {
+                self.finished = Some(notice);
+                self.say_finished()
+            }
+            Told::Notice(notice) => self.notice(notice),
+        }
+    }
+
+    /// The end is said after the last share is in the store.
+    fn say_finished(&mut self) -> Result<(), AgentError> {
+        if self.uploads.is_empty()
+            && let Some(finished) = self.finished.take()
+        {
+            self.notice(finished)?;
+        }
+        Ok(())
+    }
+
+    fn notice(&mut self, notice: Notice) -> Result<(), AgentError> {
+        for action in self.participant.handle(notice) {
+            self.act(action)?;
+        }
+        let generation = self.participant.generation();
+        if self.hello.generation != generation {
+            self.hello.generation = generation;
+            self.hello.applied = self.progress.now().0;
+            self.greeting.send_replace(wire_hello(self.worker, &self.hello));
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, action: Action) -> Result<(), AgentError> {
+        match action {
+            Action::Report(report) => {
+                let wire = self.outbox.push(&report);
+                self.send(wire);
+            }
+            Action::Form { group, rank } => {
+                if let Some(step) = group.checkpoint_at {
+                    self.keep.add(step);
+                }
+                let generation = group.generation;
+                let Some(secret) = self.secrets.get(&generation).copied() else {
+                    warn!(%generation, "a generation came without its secret");
+                    return Ok(());
+                };
+                self.secrets = self.secrets.split_off(&generation);
+                let orders = Arc::new(Orders::new().map_err(system("open a pipe"))?);
+                let training = self.training.as_mut().expect("a welcome came first");
+                training.current = Some((generation, Arc::clone(&orders)));
+                let formation = Formation { group, rank, secret, orders };
+                if training.formations.send(formation).is_err() {
+                    return self.training_ended();
+                }
+            }
+            Action::Abort { generation } => {
+                if let Some(orders) = self.orders(generation) {
+                    orders.abort.abort();
+                }
+            }
+            Action::LeaveAfterStep { generation } => {
+                if let Some(orders) = self.orders(generation) {
+                    orders.leave();
+                }
+            }
+            Action::CheckpointAt { step } => self.keep.add(step),
+            Action::Exit(exit) => self.exit = Some(exit),
+        }
+        Ok(())
+    }
+
+    /// What steers the training thread in a generation, while that is the newest it was given.
+    fn orders(&self, generation: Generation) -> Option<&Orders> {
+        let (newest, orders) = self.training.as_ref()?.current.as_ref()?;
+        (*newest == generation).then_some(orders.as_ref())
+    }
+
+    /// The training thread takes no more formations: it failed and said so, or it panicked.
+    fn training_ended(&mut self) -> Result<(), AgentError> {
+        let training = self.training.take().expect("it was there a moment ago");
+        match training.thread.join() {
+            Ok(()) => Ok(()), // Why it ended is among what it told.
+            Err(_) => Err(AgentError::Panicked),
+        }
+    }
+
+    fn beat(&mut self) -> Result<(), AgentError> {
+        if self.training.as_ref().is_some_and(|training| training.thread.is_finished()) {
+            self.training_ended()?;
+        }
+        // Before the first generation it is 0, which no generation has.
+        let generation = self.participant.generation().unwrap_or_default();
+        let (applied, phase, in_phase) = self.progress.now();
+        let resident_bytes = resident_bytes();
+        let progress = cluster::Progress { generation, applied, phase, in_phase, resident_bytes };
+        self.send(proto::report_to_wire(0, &Report::Heartbeat(progress)));
+        Ok(())
+    }
+
+    fn send(&mut self, report: v1::Report) {
+        let Some(requests) = &self.requests else { return };
+        let run = self.options.run.to_string();
+        if requests.send(v1::SessionRequest { run, kind: Some(Said::Report(report)) }).is_err() {
+            self.requests = None; // The session has ended; what counts is said again in the next.
+        }
+    }
+
+    /// Stops training; waits for uploads, and for what was said to arrive.
+    async fn say_farewell(&mut self, mut links: mpsc::Receiver<Link>) -> Result<(), AgentError> {
+        if let Some((_, orders)) = self.training.as_ref().and_then(|t| t.current.as_ref()) {
+            orders.abort.abort();
+        }
+        let deadline = Instant::now() + FAREWELL;
+        while let Some(saved) = self.uploads.join_next().await {
+            let notice = saved.expect("an upload does not panic");
+            if let Notice::ShareSaved { generation, step, outcome } = notice {
+                let report = match outcome {
+                    Ok(share) => Report::ShareWritten { generation, share },
+                    Err(reason) => Report::ShareFailed { generation, step, reason },
+                };
+                let wire = self.outbox.push(&report);
+                self.send(wire);
+            }
+        }
+        while !self.outbox.is_empty() {
+            match tokio::time::timeout_at(deadline, links.recv()).await {
+                Ok(Some(Link::Told(response))) => {
+                    if let Some(Heard::Ack(ack)) = &response.kind {
+                        self.outbox.acknowledge(ack.sequence);
+                    }
+                }
+                Ok(Some(link @ Link::Opened(_))) => drop(self.linked(link)?),
+                Ok(Some(Link::Closed)) => {
+                    self.requests = None;
+                    if matches!(self.exit, Some(Exit::Finished | Exit::Refused(_))) {
+                        break; // The coordinator has heard enough and is gone.
+                    }
+                }
+                Ok(Some(Link::Rejected(_)) | None) => break,
+                Err(_) => {
+                    warn!("the coordinator has not heard this worker's last words");
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts a share into the store.
+async fn upload(store: Store, generation: Generation, share: ShareBytes) -> Notice {
+    let ShareBytes { step, layout, parts } = share;
+    let mut written = Vec::with_capacity(parts.len());
+    for (index, bytes) in parts {
+        match put(&store, &layout, step, index, bytes).await {
+            Ok(part) => written.push(part),
+            Err(error) => {
+                let reason = chain(&error);
+                warn!(step = step.0, part = index, error = reason, "a part could not be saved");
+                return Notice::ShareSaved { generation, step, outcome: Err(reason) };
+            }
+        }
+    }
+    let sections = layout.sections().iter().map(|s| (s.name.clone(), s.bytes)).collect();
+    let (parts_total, part_bytes) = (layout.parts(), layout.part_bytes());
+    let share = Share { step, parts: written, parts_total, part_bytes, sections };
+    Notice::ShareSaved { generation, step, outcome: Ok(share) }
+}
+
+async fn put(
+    store: &Store,
+    layout: &checkpoint::Layout,
+    step: cluster::Step,
+    index: u32,
+    bytes: Bytes,
+) -> Result<Part, SaveError> {
+    let mut pause = SAVE_PAUSE;
+    for _ in 1..SAVE_ATTEMPTS {
+        match save_part(store, layout, step, index, bytes.clone()).await {
+            Err(error) if error.is_transient() => {
+                warn!(step = step.0, part = index, error = chain(&error), "saving is tried again");
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+            }
+            done => return done.map(part),
+        }
+    }
+    save_part(store, layout, step, index, bytes).await.map(part)
+}
+
+fn part(record: checkpoint::PartRecord) -> Part {
+    Part { index: record.index, bytes: record.bytes, digest: record.blake3.to_string() }
+}
+
+/// The signals that ask a process to stop, and the end of standard input.
+struct Terminations {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Terminations {
+    fn listen(exit_with_stdin: bool) -> Result<Self, AgentError> {
+        use tokio::signal::unix::{SignalKind, signal};
+        if exit_with_stdin {
+            thread::Builder::new()
+                .name("stdin".to_owned())
+                .spawn(end_with_stdin)
+                .map_err(system("start a thread"))?;
+        }
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?,
+            interrupt: signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?,
+        })
+    }
+
+    /// The next request to stop.
+    async fn next(&mut self) -> String {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM".to_owned(),
+            _ = self.interrupt.recv() => "SIGINT".to_owned(),
+        }
+    }
+}
+
+/// Whoever started this process is gone: nobody would miss it, or end it.
+fn end_with_stdin() {
+    let mut sink = [0; 64];
+    let mut stdin = std::io::stdin().lock();
+    while stdin.read(&mut sink).is_ok_and(|read| read > 0) {}
+    warn!("standard input has ended: this worker ends with it");
+    std::process::exit(1);
+}
+
+fn every(interval: Duration) -> Interval {
+    let mut interval = tokio::time::interval(interval);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+/// Resident memory of this process; 0 if the system does not say.
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
+}

@@ -1,0 +1,86 @@
+//! `percheron-worker`: one training process. `percheron up` starts it; so may any supervisor.
+//!
+//! It ends with 0 if the run is done or it was let go, with 2 if it was refused, else with 1; the last
+//! line of standard error then says why.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use cluster::{Exit, Fingerprint, RunId};
+use libtorch::Precision;
+use tracing_subscriber::EnvFilter;
+use worker::agent::{self, Options};
+
+/// One training process of a Percheron run.
+#[derive(Debug, Parser)]
+#[command(name = "percheron-worker", version)]
+struct Arguments {
+    /// The coordinator, http://HOST:PORT.
+    #[arg(long)]
+    coordinator: String,
+    /// The run to take part in.
+    #[arg(long)]
+    run: String,
+    /// The file that holds the run's token.
+    #[arg(long, value_name = "FILE")]
+    token_file: PathBuf,
+    /// What people call this worker.
+    #[arg(long)]
+    name: String,
+    /// Where other workers reach this one, HOST:PORT; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// Threads inside an operation; must be the recipe's `threads`.
+    #[arg(long, default_value_t = 1)]
+    threads: u32,
+    /// End when standard input ends.
+    #[arg(long)]
+    exit_with_stdin: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter =
+        EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let format = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    format.with_writer(std::io::stderr).init();
+    match work(arguments) {
+        Ok(Exit::Finished | Exit::Released) => ExitCode::SUCCESS,
+        Ok(Exit::Refused(reason)) => ends_with(2, &reason),
+        Ok(Exit::Failed(reason)) => ends_with(1, &reason),
+        Err(error) => ends_with(1, &format!("{error:#}")),
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the last words of a process are for people")]
+fn ends_with(code: u8, reason: &str) -> ExitCode {
+    eprintln!("error: {reason}");
+    ExitCode::from(code)
+}
+
+fn work(arguments: Arguments) -> Result<Exit> {
+    let run = RunId::try_from(arguments.run).context("--run")?;
+    // Before any other thread: libtorch's settings hold for those that come later.
+    libtorch::init(arguments.threads as usize).context("--threads")?;
+    let facts = libtorch::fingerprint(tch::Device::Cpu, Precision::F32)
+        .context("cannot tell what changes this machine's bits")?;
+    let fingerprint = Fingerprint(facts.into_iter().collect());
+    let options = Options {
+        coordinator: arguments.coordinator,
+        run,
+        token_file: arguments.token_file,
+        name: arguments.name,
+        listen: arguments.listen,
+        threads: arguments.threads,
+        exit_with_stdin: arguments.exit_with_stdin,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let exit = runtime.block_on(agent::run(options, fingerprint));
+    runtime.shutdown_background(); // The training thread may be inside an operation.
+    Ok(exit?)
+}

@@ -1,0 +1,243 @@
+//! From a recipe to what training needs: the network's sizes, the rates, the images, the plan.
+
+use std::sync::Arc;
+
+use cluster::{RunConfig, RunId};
+use model::{AdamWConfig, Architecture, LossConfig, ModelConfig, Schedule, ScheduleConfig};
+use recipe::{Crop, Recipe};
+use shards::{Augment, BatchPlan, Dataset, Transform};
+
+/// All that follows from the recipe and the dataset. The same on every worker of a run.
+#[derive(Debug)]
+pub struct Setup {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The steps, and at which of them the state is evaluated.
+    pub plan: RunConfig,
+    /// The network.
+    pub architecture: Architecture,
+    /// The loss of the exits.
+    pub loss: LossConfig,
+    /// The optimizer's constants.
+    pub optimizer: AdamWConfig,
+    /// Learning rate and weight decay.
+    pub schedule: Schedule,
+    /// Which samples a step takes.
+    pub batches: BatchPlan,
+    /// The split that is trained on.
+    pub training: Split,
+    /// The split that is evaluated.
+    pub validation: Split,
+}
+
+/// Images and how they are shown.
+#[derive(Debug)]
+pub struct Split {
+    /// The images.
+    pub dataset: Arc<Dataset>,
+    /// How they are shown.
+    pub transform: Transform,
+}
+
+/// A recipe that cannot be trained here.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The text is no recipe.
+    #[error(transparent)]
+    Recipe(#[from] recipe::RecipeError),
+    /// A split cannot be opened.
+    #[error("recipe, data.{field} = {split:?}: the images cannot be used")]
+    Dataset {
+        /// `train` or `validation`.
+        field: &'static str,
+        /// The split.
+        split: String,
+        /// Why.
+        source: Box<shards::OpenError>,
+    },
+    /// The dataset has labels that the network cannot give.
+    #[error(
+        "recipe, model.classes = {classes}: the dataset {location} has {found} classes; set \
+         model.classes to at least {found}"
+    )]
+    Classes {
+        /// The network's.
+        classes: u32,
+        /// The dataset's.
+        found: usize,
+        /// The dataset.
+        location: String,
+    },
+    /// Fields that do not fit, each named.
+    #[error("recipe, section {section}: {problem}")]
+    Section {
+        /// The section.
+        section: &'static str,
+        /// What does not fit.
+        problem: String,
+    },
+}
+
+impl Setup {
+    /// Reads the recipe and opens the images.
+    ///
+    /// # Errors
+    /// [`SetupError`] names the field and says what to do.
+    pub fn new(run: RunId, recipe_toml: &str) -> Result<Self, SetupError> {
+        let recipe = Recipe::from_toml("of the run", recipe_toml, &[])?;
+        let in_section =
+            |section: &'static str| move |problem: String| SetupError::Section { section, problem };
+        let architecture = Architecture::try_from(&model_config(&recipe))
+            .map_err(|error| in_section("[model]")(error.to_string()))?;
+        let augment = augment(&recipe);
+        let transforms = Transform::training(&augment, recipe.model.input_size, recipe.seed)
+            .and_then(|train| {
+                Ok((train, Transform::evaluation(&augment, recipe.model.input_size)?))
+            });
+        let (train, evaluate) =
+            transforms.map_err(|error| in_section("[data]")(error.to_string()))?;
+        let training = split(&recipe, "train", &recipe.data.train, train)?;
+        let validation = split(&recipe, "validation", &recipe.data.validation, evaluate)?;
+
+        let samples = training.dataset.len();
+        let (ranks, batch, seed) = (recipe.virtual_ranks, recipe.batch_size, recipe.seed);
+        let batches = BatchPlan::new(samples, ranks, batch, seed)
+            .map_err(|error| in_section("(top level)")(error.to_string()))?;
+        let plan = recipe
+            .plan(run, samples, 1)
+            .map_err(|error| in_section("(top level)")(error.problems.join("; ")))?;
+        let schedule = Schedule::new(&schedule_config(&recipe), batches.steps_per_epoch())
+            .map_err(|error| in_section("[schedule]")(error.to_string()))?;
+        let (loss, optimizer) = (loss_config(&recipe), adamw_config(&recipe));
+        Ok(Self {
+            recipe,
+            plan,
+            architecture,
+            loss,
+            optimizer,
+            schedule,
+            batches,
+            training,
+            validation,
+        })
+    }
+}
+
+fn split(
+    recipe: &Recipe,
+    field: &'static str,
+    name: &str,
+    transform: Transform,
+) -> Result<Split, SetupError> {
+    let location = &recipe.data.location;
+    let dataset = Dataset::open(location, name).map_err(|source| SetupError::Dataset {
+        field,
+        split: name.to_owned(),
+        source: Box::new(source),
+    })?;
+    let (found, classes) = (dataset.classes().len(), recipe.model.classes);
+    if found > classes as usize {
+        return Err(SetupError::Classes { classes, found, location: location.clone() });
+    }
+    Ok(Split { dataset: Arc::new(dataset), transform })
+}
+
+fn model_config(recipe: &Recipe) -> ModelConfig {
+    let m = &recipe.model;
+    ModelConfig {
+        name: m.name.clone(),
+        classes: m.classes.into(),
+        input_size: m.input_size.into(),
+        depth_factor: Some(m.depth_factor.map(|factor| factor as usize)),
+        sa_widening_factor: m.sa_widening_factor.into(),
+        with_last_ca: m.with_last_ca,
+        with_x2z: m.with_x2z,
+        with_z2x: m.with_z2x,
+        with_dwc: m.with_dwc,
+        with_isc: m.with_isc,
+        dropout: m.dropout,
+    }
+}
+
+fn loss_config(recipe: &Recipe) -> LossConfig {
+    let l = &recipe.loss;
+    LossConfig {
+        cnn_factor: l.cnn_factor,
+        att_factor: l.att_factor,
+        merge_factor: l.merge_factor,
+        label_smoothing: l.smoothing,
+        with_kd: l.with_kd,
+        kd_temperature: l.t_kd,
+        kd_alpha: l.alpha_kd,
+    }
+}
+
+fn adamw_config(recipe: &Recipe) -> AdamWConfig {
+    let [beta1, beta2] = recipe.optimizer.betas;
+    AdamWConfig { beta1, beta2, epsilon: recipe.optimizer.eps }
+}
+
+fn schedule_config(recipe: &Recipe) -> ScheduleConfig {
+    ScheduleConfig {
+        epochs: recipe.epochs,
+        lr: recipe.schedule.lr,
+        min_lr: recipe.schedule.min_lr,
+        warmup_epochs: recipe.schedule.warmup_epochs,
+        warmup_steps: None,
+        weight_decay: recipe.optimizer.weight_decay,
+        weight_decay_end: None,
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "pixels are normalised in f32")]
+fn augment(recipe: &Recipe) -> Augment {
+    let d = &recipe.data;
+    Augment {
+        crop: match d.crop {
+            Crop::RandomResized => shards::Crop::RandomResized,
+            Crop::Padded => shards::Crop::Padded,
+            Crop::None => shards::Crop::None,
+        },
+        scale: d.crop_scale,
+        ratio: d.crop_ratio,
+        flip_probability: d.flip_probability,
+        crop_pct: d.crop_fraction,
+        mean: d.mean.map(|value| value as f32),
+        std: d.std.map(|value| value as f32),
+        ..Augment::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn setup(text: &str) -> Result<Setup, SetupError> {
+        let digits = recipe::built_in("digits", &[]).unwrap();
+        let mut recipe = digits.to_toml();
+        for line in text.lines() {
+            let key = line.split('=').next().unwrap().trim();
+            let old = recipe.lines().find(|old| old.starts_with(&format!("{key} ="))).unwrap();
+            recipe = recipe.replacen(&old.to_owned(), line, 1);
+        }
+        Setup::new(RunId::try_from("toy".to_owned()).unwrap(), &recipe)
+    }
+
+    #[test]
+    fn the_digits_recipe_is_complete() {
+        let setup = setup("").unwrap();
+        assert_eq!(setup.batches.steps_per_epoch(), setup.plan.steps_per_epoch);
+        assert_eq!(setup.schedule.steps(), setup.plan.steps_total.0);
+        assert_eq!(setup.training.dataset.classes().len(), 10);
+    }
+
+    #[test]
+    fn what_cannot_be_trained_names_its_field() {
+        let problem = |text: &str| setup(text).unwrap_err().to_string();
+        assert!(problem("classes = 9").contains("model.classes = 9"), "{}", problem("classes = 9"));
+        let missing = problem("validation = \"test\"");
+        assert!(missing.contains("data.validation = \"test\""), "{missing}");
+        let unknown = problem("dropout = 2.0");
+        assert!(unknown.contains("dropout"), "{unknown}");
+    }
+}

@@ -1,0 +1,495 @@
+//! The training thread: forms a generation, agrees with its members on a state, makes steps.
+//!
+//! It obeys between two virtual ranks and waits for nobody but its peers.
+
+mod checkpoints;
+mod eval;
+mod forming;
+mod state;
+mod step;
+
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc::Receiver,
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use cluster::{
+    Evaluation, Generation, Group, Notice, Rank, RunId, Step, StepMetrics, StepPhase, Timestamp,
+};
+use collective::{
+    AbortHandle, Exchange as _, ExchangeError, FormError, Mesh, MeshConfig, MeshListener,
+};
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::{info, warn};
+
+pub use self::{
+    checkpoints::{RestoreError, ShareBytes},
+    state::{SECTIONS, TrainState},
+};
+use self::{
+    eval::Evaluator,
+    forming::Origin,
+    step::{Stepper, Surroundings},
+};
+use crate::{
+    feed::Feed,
+    progress::{Progress, Spent},
+    setup::Setup,
+};
+
+/// A generation to form and to train in.
+#[derive(Debug)]
+pub struct Formation {
+    /// Its members and where they start.
+    pub group: Group,
+    /// This worker's place.
+    pub rank: Rank,
+    /// Opens the connections between the members.
+    pub secret: [u8; 32],
+    /// What may be wanted of it while it lasts.
+    pub orders: Arc<Orders>,
+}
+
+/// What the agent wants of the training thread in one generation.
+#[derive(Debug)]
+pub struct Orders {
+    /// Stops it.
+    pub abort: AbortHandle,
+    leave: AtomicBool,
+}
+
+impl Orders {
+    /// No wishes yet.
+    ///
+    /// # Errors
+    /// If the process is out of file descriptors.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self { abort: AbortHandle::new()?, leave: AtomicBool::new(false) })
+    }
+
+    /// Asks all members, through the sum, to leave after the step in flight.
+    pub fn leave(&self) {
+        self.leave.store(true, Ordering::Release);
+    }
+
+    /// Between two pieces of work: whether to go on.
+    fn check(&self) -> Result<(), Interrupted> {
+        if self.abort.is_aborted() { Err(ExchangeError::Aborted.into()) } else { Ok(()) }
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.leave.load(Ordering::Acquire)
+    }
+}
+
+/// The steps after which the state is to be kept.
+#[derive(Debug, Default)]
+pub struct KeepAt(Mutex<BTreeSet<Step>>);
+
+impl KeepAt {
+    /// Adds a step.
+    pub fn add(&self, step: Step) {
+        self.0.lock().expect("nothing panics under this lock").insert(step);
+    }
+
+    /// Whether the state after `step` is to be kept. Forgets it and all steps before.
+    fn take(&self, step: Step) -> bool {
+        let mut steps = self.0.lock().expect("nothing panics under this lock");
+        let later = steps.split_off(&step.next());
+        std::mem::replace(&mut *steps, later).contains(&step)
+    }
+}
+
+/// What the training thread tells the agent.
+#[derive(Debug)]
+pub enum Told {
+    /// Something for the rules.
+    Notice(Notice),
+    /// A share of a checkpoint to be put into the store.
+    Share {
+        /// The generation that it belongs to.
+        generation: Generation,
+        /// Its bytes.
+        share: ShareBytes,
+    },
+}
+
+/// What the training thread is started with.
+#[derive(Debug)]
+pub struct Trainer {
+    /// The run.
+    pub run: RunId,
+    /// The recipe as TOML.
+    pub recipe: String,
+    /// The store of the checkpoints.
+    pub checkpoints: String,
+    /// The socket that the peers dial.
+    pub socket: TcpListener,
+    /// How long a generation may take to form.
+    pub form_timeout: Duration,
+    /// What it does, for the agent to see.
+    pub progress: Arc<Progress>,
+    /// The steps after which the state is to be kept.
+    pub keep: Arc<KeepAt>,
+    /// Where it says what happened.
+    pub told: UnboundedSender<Told>,
+    /// Runs what is asynchronous.
+    pub runtime: tokio::runtime::Handle,
+}
+
+/// Why a generation ended for this worker before its purpose was reached.
+#[derive(Debug, thiserror::Error)]
+pub enum Interrupted {
+    /// The peers could not be connected.
+    #[error(transparent)]
+    Form(#[from] FormError),
+    /// The members could not agree on a state.
+    #[error("{reason}")]
+    Forming {
+        /// Why.
+        reason: String,
+    },
+    /// The connection to the peers broke.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    /// The run cannot go on, here or elsewhere.
+    #[error("{reason}")]
+    Fatal {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+impl From<shards::LoadError> for Interrupted {
+    fn from(error: shards::LoadError) -> Self {
+        Self::Fatal { reason: chain(&error) }
+    }
+}
+
+impl From<model::GradientError> for Interrupted {
+    fn from(error: model::GradientError) -> Self {
+        Self::Fatal { reason: chain(&error) }
+    }
+}
+
+impl Interrupted {
+    fn not_finite(step: Step, loss: f32, norm: f64) -> Self {
+        Self::Fatal {
+            reason: format!(
+                "step {}: the loss is {loss} and the gradient norm {norm}, so training has diverged; \
+                 resume a checkpoint with a lower schedule.lr or a smaller optimizer.clip_grad in a \
+                 new run",
+                step.next()
+            ),
+        }
+    }
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// The wall clock, as the rules take it.
+pub(crate) fn wall_clock() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+impl Trainer {
+    /// Works through formations until there are no more. A newer one is sent only after the one before
+    /// was aborted, or all have left it.
+    pub fn run(self, formations: &Receiver<Formation>) {
+        let mut training = match self.prepare() {
+            Ok(training) => training,
+            Err(reason) => return self.say(Notice::Failed { reason }),
+        };
+        self.progress.enter(StepPhase::Idle);
+        while let Ok(formation) = formations.recv() {
+            if let Err(interrupted) = training.take_part(&self, &formation) {
+                training.interrupted(&self, &formation.group, &interrupted);
+            }
+            self.progress.set_applied(training.state.step());
+            self.progress.enter(StepPhase::Idle);
+        }
+    }
+
+    fn prepare(&self) -> Result<Training, String> {
+        let setup = Setup::new(self.run.clone(), &self.recipe).map_err(|error| chain(&error))?;
+        let listen = || {
+            let config = MeshConfig {
+                // The coordinator aborts an exchange whose peer is lost; this is for a lost coordinator.
+                stall_timeout: (self.form_timeout * 12).max(Duration::from_secs(60)),
+                handshake_timeout: self.form_timeout,
+            };
+            MeshListener::on(self.socket.try_clone()?, config)
+        };
+        let listener = listen().map_err(|error| format!("cannot listen for peers: {error}"))?;
+        let state = TrainState::empty(&setup.architecture, setup.optimizer, tch::Device::Cpu);
+        let part_bytes = u64::from(setup.recipe.checkpoint.part_mib) << 20;
+        let layout = state
+            .checkpoint_layout(part_bytes)
+            .map_err(|error| format!("recipe, checkpoint.part_mib: {error}"))?;
+        Ok(Training {
+            stepper: Stepper::new(&setup, &state),
+            evaluator: Evaluator::new(&setup),
+            setup,
+            listener,
+            layout,
+            state,
+            begun: Step(0),
+            stopped_at: None,
+            last: None,
+        })
+    }
+
+    fn say(&self, notice: Notice) {
+        drop(self.told.send(Told::Notice(notice))); // Without an agent the process is about to end.
+    }
+}
+
+/// What lasts from generation to generation.
+struct Training {
+    setup: Setup,
+    listener: MeshListener,
+    layout: checkpoint::Layout,
+    state: TrainState,
+    stepper: Stepper,
+    evaluator: Evaluator,
+    /// The newest step that was begun.
+    begun: Step,
+    /// When the exchange of the generation before broke or was aborted.
+    stopped_at: Option<Timestamp>,
+    /// The figures of the newest step that was made here.
+    last: Option<(Step, StepMetrics)>,
+}
+
+impl Training {
+    /// Forms the generation and trains in it until all leave it, or the last step is done.
+    fn take_part(&mut self, host: &Trainer, formation: &Formation) -> Result<(), Interrupted> {
+        let Formation { group, rank, orders, .. } = formation;
+        let generation = group.generation;
+        host.progress.enter(StepPhase::Form);
+        let mut peers = self.connect(host, formation)?;
+        self.agree(host, group, &mut peers)?;
+        self.say_formed(host, generation);
+
+        let blocks: Vec<_> = group.members.iter().map(|member| member.block.clone()).collect();
+        self.stepper.sum_mut().regroup(&blocks, *rank);
+        self.evaluator.sum_mut().regroup(&blocks, *rank);
+        let block = blocks[rank.0 as usize].clone();
+        let mut feed = Feed::start(&self.setup, block, self.step())
+            .map_err(|error| Interrupted::Fatal { reason: format!("no thread left: {error}") })?;
+        let (mut evaluated, mut leave) = (group.evaluated, false);
+        loop {
+            let step = self.step();
+            let is_last = step == self.setup.plan.steps_total;
+            if host.keep.take(step) || is_last {
+                self.save_share(host, generation, *rank, peers.size());
+            }
+            if leave {
+                host.say(Notice::LeftTogether { generation });
+                return Ok(());
+            }
+            if self.setup.plan.evaluates_at(step) && evaluated < Some(step) {
+                let evaluation = self.evaluate(host, orders, &mut peers)?;
+                host.say(Notice::Evaluated { generation, evaluation });
+                evaluated = Some(step);
+            }
+            if is_last {
+                let state_sha256 = self.state.sha256();
+                host.say(Notice::Finished { generation, step, state_sha256 });
+                return Ok(());
+            }
+            leave = self.make_step(host, generation, orders, &mut feed, &mut peers)?;
+        }
+    }
+
+    fn step(&self) -> Step {
+        self.state.step().expect("the members have agreed on a state")
+    }
+
+    fn connect(&self, host: &Trainer, formation: &Formation) -> Result<Mesh, Interrupted> {
+        let Formation { group, rank, secret, orders } = formation;
+        let addresses: Result<Vec<SocketAddr>, Interrupted> =
+            group.members.iter().map(|member| resolve(&member.name, &member.address)).collect();
+        let group = collective::Group {
+            run: host.run.clone(),
+            term: group.term,
+            generation: group.generation,
+            rank: *rank,
+            addresses: addresses?,
+            secret: (*secret).into(),
+        };
+        // The coordinator gives up earlier, and then says so.
+        let deadline = Instant::now() + host.form_timeout * 4;
+        Ok(self.listener.form(&group, deadline, &orders.abort)?)
+    }
+
+    /// Comes to hold the state that the generation starts from.
+    fn agree(
+        &mut self,
+        host: &Trainer,
+        group: &Group,
+        peers: &mut Mesh,
+    ) -> Result<(), Interrupted> {
+        let held = forming::all_gather(peers, &self.state)?;
+        match forming::origin(&held, group.checkpoint) {
+            Origin::Initial => self.state.initialize(self.setup.recipe.seed),
+            Origin::Checkpoint(step) => {
+                info!(step = step.0, "the state is read from a checkpoint");
+                let restoring =
+                    checkpoints::restore(&host.checkpoints, step, &mut self.state, &self.layout);
+                host.runtime
+                    .block_on(restoring)
+                    .map_err(|error| Interrupted::Fatal { reason: chain(&error) })?;
+            }
+            Origin::Members { step, digest, givers, takers } => {
+                forming::hand_over(peers, &mut self.state, (step, digest), &givers, &takers)?;
+            }
+        }
+        host.progress.set_applied(self.state.step());
+        Ok(())
+    }
+
+    fn say_formed(&mut self, host: &Trainer, generation: Generation) {
+        let step = self.step();
+        let digest = self.state.digest().to_hex().to_string();
+        let metrics = self.last.filter(|(made, _)| *made == step).map(|(_, metrics)| metrics);
+        let (begun, stopped_at) = (self.begun, self.stopped_at.take());
+        info!(%generation, step = step.0, "generation formed");
+        host.say(Notice::Formed { generation, step, digest, begun, stopped_at, metrics });
+    }
+
+    /// Makes the next step; returns whether all are to leave the generation after it.
+    fn make_step(
+        &mut self,
+        host: &Trainer,
+        generation: Generation,
+        orders: &Orders,
+        feed: &mut Feed,
+        peers: &mut Mesh,
+    ) -> Result<bool, Interrupted> {
+        let started = Instant::now();
+        host.progress.take_spent();
+        self.begun = self.step().next();
+        let around =
+            Surroundings { setup: &self.setup, orders, progress: &host.progress, feed, peers };
+        let taken = self.stepper.train_step(&mut self.state, around)?;
+        host.progress.enter(StepPhase::Idle);
+        let step = self.step();
+        host.progress.set_applied(Some(step));
+        let metrics = timed(taken.metrics, started.elapsed(), host.progress.take_spent());
+        self.last = Some((step, metrics));
+        host.say(Notice::StepApplied { generation, step, metrics, at: wall_clock() });
+        Ok(taken.leave)
+    }
+
+    fn evaluate(
+        &mut self,
+        host: &Trainer,
+        orders: &Orders,
+        peers: &mut Mesh,
+    ) -> Result<Evaluation, Interrupted> {
+        self.evaluator.evaluate(&self.state, &self.setup, orders, &host.progress, peers)
+    }
+
+    fn save_share(&self, host: &Trainer, generation: Generation, rank: Rank, size: u32) {
+        host.progress.enter(StepPhase::Checkpoint);
+        let share = checkpoints::share(&self.state, self.layout.clone(), rank, size);
+        drop(host.told.send(Told::Share { generation, share })); // As in `say`.
+    }
+
+    /// Says why a generation ended early, unless it was this worker that was told to stop.
+    fn interrupted(&mut self, host: &Trainer, group: &Group, interrupted: &Interrupted) {
+        let at = wall_clock();
+        self.stopped_at.get_or_insert(at);
+        let generation = group.generation;
+        let (peer, reason) = match interrupted {
+            Interrupted::Form(FormError::Aborted)
+            | Interrupted::Exchange(ExchangeError::Aborted) => {
+                return info!(%generation, "stopped, as told");
+            }
+            Interrupted::Fatal { reason } => {
+                return host.say(Notice::Failed { reason: reason.clone() });
+            }
+            Interrupted::Form(error) => (missing(error), chain(error)),
+            Interrupted::Forming { reason } => (None, reason.clone()),
+            Interrupted::Exchange(error) => (culprit(error), error.to_string()),
+        };
+        warn!(%generation, %reason, "stopped");
+        // The rules take the one that fits: they know whether the generation was formed.
+        host.say(Notice::FormFailed { generation, peer, reason: reason.clone() });
+        if let Some(applied) = self.state.step() {
+            host.say(Notice::ExchangeLost { generation, applied, peer, reason, at });
+        }
+    }
+}
+
+fn timed(metrics: StepMetrics, elapsed: Duration, spent: Spent) -> StepMetrics {
+    let ms = |duration: Duration| duration.as_secs_f32() * 1000.0;
+    StepMetrics {
+        step_ms: ms(elapsed),
+        load_ms: ms(spent.load),
+        compute_ms: ms(spent.compute),
+        reduce_ms: ms(spent.reduce),
+        update_ms: ms(spent.update),
+        ..metrics
+    }
+}
+
+fn resolve(name: &str, address: &str) -> Result<SocketAddr, Interrupted> {
+    let unknown = |why: String| Interrupted::Forming {
+        reason: format!("the address {address} of {name} is unknown here: {why}"),
+    };
+    let mut found = address.to_socket_addrs().map_err(|error| unknown(error.to_string()))?;
+    found.next().ok_or_else(|| unknown("it has no address".to_owned()))
+}
+
+/// Whom an exchange blames.
+fn culprit(error: &ExchangeError) -> Option<Rank> {
+    match error {
+        ExchangeError::PeerLost { rank, .. } | ExchangeError::Protocol { rank, .. } => Some(*rank),
+        ExchangeError::TimedOut { ranks, .. } => ranks.0.first().copied(),
+        ExchangeError::Aborted => None,
+    }
+}
+
+/// Whom a formation missed.
+fn missing(error: &FormError) -> Option<Rank> {
+    match error {
+        FormError::Refused { rank, .. } => Some(*rank),
+        FormError::Deadline { missing, .. } => missing.first().map(|peer| peer.rank),
+        FormError::Aborted | FormError::Stale { .. } | FormError::System { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_kept_once_and_steps_that_have_passed_are_forgotten() {
+        let keep = KeepAt::default();
+        for step in [3, 5, 9] {
+            keep.add(Step(step));
+        }
+        assert!(!keep.take(Step(4)));
+        assert!(keep.take(Step(5)));
+        assert!(!keep.take(Step(5)));
+        assert!(keep.take(Step(9)));
+    }
+}

@@ -1,0 +1,109 @@
+//! The state to and from the parts of a checkpoint.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use checkpoint::{Checkpoint, Layout, LoadError, Store};
+use cluster::{Rank, Step};
+
+use super::state::{TrainState, section_index};
+
+/// This worker's share of a checkpoint, copied out of the state.
+#[derive(Debug)]
+pub struct ShareBytes {
+    /// The step whose state it is.
+    pub step: Step,
+    /// How the state is cut.
+    pub layout: Layout,
+    /// Index and bytes of each part of the share.
+    pub parts: Vec<(u32, Bytes)>,
+}
+
+/// A checkpoint that cannot become the state.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The store cannot be opened.
+    #[error("the checkpoints cannot be read: {0}")]
+    Open(#[from] checkpoint::OpenError),
+    /// It is damaged, or the store does not answer.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// It is of another network or another version of this program.
+    #[error(
+        "checkpoint of step {step} holds {found} and not {wanted}: it is of another network or \
+         another version of this program; resume with the recipe and version that wrote it"
+    )]
+    OtherSections {
+        /// The step.
+        step: Step,
+        /// Its sections.
+        found: String,
+        /// The state's.
+        wanted: String,
+    },
+}
+
+/// Copies what `rank` of `size` saves of the state.
+pub(crate) fn share(state: &TrainState, layout: Layout, rank: Rank, size: u32) -> ShareBytes {
+    let step = state.step().expect("only a state that was agreed on is saved");
+    let sections = state.sections();
+    let part = |index: u32| {
+        let range = layout.part_range(index);
+        let mut bytes = Vec::with_capacity(length(&range));
+        for piece in layout.pieces(range) {
+            let section = section_index(piece.section).expect("the layout is of this state");
+            bytes.extend_from_slice(&sections[section][indices(&piece.range)]);
+        }
+        (index, Bytes::from(bytes))
+    };
+    let parts = layout.share(rank, size).map(part).collect();
+    ShareBytes { step, layout, parts }
+}
+
+/// Overwrites the state with a checkpoint. On error there is no usable state.
+///
+/// # Errors
+/// [`RestoreError`] names the object and says what to do.
+pub(crate) async fn restore(
+    location: &str,
+    step: Step,
+    state: &mut TrainState,
+    wanted: &Layout,
+) -> Result<(), RestoreError> {
+    state.tear();
+    let store = Store::open(location)?;
+    let checkpoint = Checkpoint::open(&store, step).await?;
+    let manifest = checkpoint.manifest();
+    if manifest.sections != wanted.sections() {
+        let text = |sections: &[checkpoint::Section]| {
+            let section = |s: &checkpoint::Section| format!("{} ({} bytes)", s.name, s.bytes);
+            sections.iter().map(section).collect::<Vec<_>>().join(", ")
+        };
+        let (found, wanted) = (text(&manifest.sections), text(wanted.sections()));
+        return Err(RestoreError::OtherSections { step, found, wanted });
+    }
+    // The run may have been resumed with another size of parts; the sections are the same.
+    checkpoint
+        .read(&mut |range, bytes| {
+            let mut at = 0;
+            for piece in wanted.pieces(range) {
+                let section = section_index(piece.section).expect("the layout is of this state");
+                let end = at + length(&piece.range);
+                state.section_mut(section)[indices(&piece.range)].copy_from_slice(&bytes[at..end]);
+                at = end;
+            }
+        })
+        .await?;
+    state.mend();
+    assert_eq!(state.step(), Some(step), "a checkpoint holds the state of its step");
+    Ok(())
+}
+
+fn length(range: &Range<u64>) -> usize {
+    indices(range).len()
+}
+
+fn indices(range: &Range<u64>) -> Range<usize> {
+    let index = |at: u64| usize::try_from(at).expect("the state lies in memory");
+    index(range.start)..index(range.end)
+}

@@ -1,0 +1,220 @@
+//! The state of training: flat tensors in one order, seen as byte sections.
+//!
+//! Sections, in the order in which they are digested, sent to peers and cut into checkpoint parts:
+//!
+//! ```text
+//!   params  exp_avg  exp_avg_sq   [P] f32   the network's parameters and AdamW's two moments
+//!   ema_params                    [P] f32   their moving average
+//!   ema_buffers  buffers          [S] f32   BatchNorm's running statistics: averaged, live
+//!   counters                      [2] u64   updates applied; the average's `num_batches_tracked`
+//! ```
+//!
+//! All numbers are little-endian. The live `num_batches_tracked` is the number of updates.
+
+use std::sync::Arc;
+
+use checkpoint::{LayoutError, Section};
+use cluster::Step;
+use model::{
+    AdamW, AdamWConfig, Architecture, Ema, Layout, Network, Weights, ema::average_counter,
+};
+use sha2::{Digest as _, Sha256};
+use tch::{Device, Kind, Tensor};
+
+const _: () = assert!(cfg!(target_endian = "little"), "sections are the memory of the tensors");
+
+/// The names of the sections, in order.
+pub const SECTIONS: [&str; 7] =
+    ["params", "exp_avg", "exp_avg_sq", "ema_params", "ema_buffers", "buffers", "counters"];
+
+/// Everything that a step changes, with the networks that are views of it.
+#[derive(Debug)]
+pub struct TrainState {
+    live: Weights,
+    optimizer: AdamW,
+    ema: Ema,
+    /// Updates applied, and the average's count of batches.
+    counters: [u64; 2],
+    /// Whether the sections are the state after `counters[0]` updates, and not torn or empty.
+    intact: bool,
+    network: Network,
+    averaged: Network,
+}
+
+impl TrainState {
+    /// Memory for a state, and no state yet.
+    #[must_use]
+    pub fn empty(architecture: &Architecture, optimizer: AdamWConfig, device: Device) -> Self {
+        let layout = Arc::new(Layout::of(architecture));
+        let live = Weights::zeros(Arc::clone(&layout), Kind::Float, device);
+        let ema = Ema::new(&live);
+        let network = Network::new(architecture, &live);
+        let averaged = Network::new(architecture, ema.weights());
+        let optimizer = AdamW::new(optimizer, &layout, live.params());
+        Self { live, optimizer, ema, counters: [0; 2], intact: false, network, averaged }
+    }
+
+    /// The initial state of a run.
+    pub fn initialize(&mut self, seed: u64) {
+        self.tear();
+        let layout = Arc::clone(self.live.layout());
+        let fresh = Weights::initial(layout, seed, self.live.kind(), self.live.device());
+        overwrite(self.live.params_mut(), fresh.params());
+        overwrite(self.live.buffers_mut(), fresh.buffers());
+        overwrite(self.ema.weights_mut().params_mut(), fresh.params());
+        overwrite(self.ema.weights_mut().buffers_mut(), fresh.buffers());
+        for moment in self.optimizer.moments_mut() {
+            tch::no_grad(|| drop(moment.fill_(0.0)));
+        }
+        self.counters = [0; 2];
+        self.intact = true;
+    }
+
+    /// Updates applied; none if there is no usable state.
+    #[must_use]
+    pub fn step(&self) -> Option<Step> {
+        self.intact.then_some(Step(self.counters[0]))
+    }
+
+    /// The network of the weights.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The network of the averaged weights.
+    #[must_use]
+    pub fn averaged(&self) -> &Network {
+        &self.averaged
+    }
+
+    /// The parameters' and running statistics' order.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<Layout> {
+        self.live.layout()
+    }
+
+    /// The running statistics, `[S]`; a training forward moves them.
+    #[must_use]
+    pub fn buffers(&self) -> &[f32] {
+        libtorch::slice(self.live.buffers()).expect("the flat tensors are f32 on the host")
+    }
+
+    /// The running statistics, to be put back after a forward.
+    pub fn buffers_mut(&mut self) -> &mut [f32] {
+        libtorch::slice_mut(self.live.buffers_mut()).expect("the flat tensors are f32 on the host")
+    }
+
+    /// Applies one update: AdamW on the parameters, the new running statistics, then the average.
+    pub fn apply(
+        &mut self,
+        gradients: &Tensor,
+        buffers: &[f32],
+        update: &model::Update,
+        decay: f64,
+    ) {
+        assert_eq!(self.step(), Some(Step(update.step)), "an update follows the one before");
+        self.intact = false;
+        self.optimizer.step(self.live.params_mut(), gradients, update);
+        self.buffers_mut().copy_from_slice(buffers);
+        self.ema.update(&self.live, decay);
+        let [batches, averaged] = self.counters.map(u64::cast_signed);
+        let averaged = average_counter(averaged, batches + 1, decay);
+        self.counters = [update.step + 1, averaged.cast_unsigned()];
+        self.intact = true;
+    }
+
+    /// Declares the state unusable, before its sections are overwritten.
+    pub fn tear(&mut self) {
+        self.intact = false;
+    }
+
+    /// Declares the overwritten sections a state.
+    pub fn mend(&mut self) {
+        self.intact = true;
+    }
+
+    /// All sections, in order.
+    #[must_use]
+    pub fn sections(&self) -> [&[u8]; SECTIONS.len()] {
+        let [first, second] = self.optimizer.moments();
+        let averaged = self.ema.weights();
+        [
+            bytes(self.live.params()),
+            bytes(first),
+            bytes(second),
+            bytes(averaged.params()),
+            bytes(averaged.buffers()),
+            bytes(self.live.buffers()),
+            bytemuck::cast_slice(&self.counters),
+        ]
+    }
+
+    /// One section, to be overwritten. Call [`TrainState::tear`] before and [`TrainState::mend`] after.
+    ///
+    /// # Panics
+    /// If there is no such section.
+    pub fn section_mut(&mut self, index: usize) -> &mut [u8] {
+        let [first, second] = self.optimizer.moments_mut();
+        match SECTIONS[index] {
+            "params" => bytes_mut(self.live.params_mut()),
+            "exp_avg" => bytes_mut(first),
+            "exp_avg_sq" => bytes_mut(second),
+            "ema_params" => bytes_mut(self.ema.weights_mut().params_mut()),
+            "ema_buffers" => bytes_mut(self.ema.weights_mut().buffers_mut()),
+            "buffers" => bytes_mut(self.live.buffers_mut()),
+            _ => bytemuck::cast_slice_mut(&mut self.counters),
+        }
+    }
+
+    /// BLAKE3 of all sections: what the members of a generation compare.
+    #[must_use]
+    pub fn digest(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        for section in self.sections() {
+            hasher.update(section);
+        }
+        hasher.finalize()
+    }
+
+    /// SHA-256 of all sections, hexadecimal: what a run promises.
+    #[must_use]
+    pub fn sha256(&self) -> String {
+        let mut hasher = Sha256::new();
+        for section in self.sections() {
+            hasher.update(section);
+        }
+        hex::encode(hasher.finalize())
+    }
+
+    /// How a checkpoint of this state is cut into parts.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if `part_bytes` is too small for so large a state.
+    pub fn checkpoint_layout(&self, part_bytes: u64) -> Result<checkpoint::Layout, LayoutError> {
+        let sections = SECTIONS.iter().zip(self.sections()).map(|(name, section)| Section {
+            name: (*name).to_owned(),
+            bytes: section.len() as u64,
+        });
+        checkpoint::Layout::new(sections.collect(), part_bytes)
+    }
+}
+
+/// The place of a section by its name.
+pub(crate) fn section_index(name: &str) -> Option<usize> {
+    SECTIONS.iter().position(|known| *known == name)
+}
+
+fn overwrite(target: &mut Tensor, source: &Tensor) {
+    tch::no_grad(|| target.copy_(source));
+}
+
+fn bytes(tensor: &Tensor) -> &[u8] {
+    let floats = libtorch::slice::<f32>(tensor).expect("the flat tensors are f32 on the host");
+    bytemuck::cast_slice(floats)
+}
+
+fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
+    let floats = libtorch::slice_mut::<f32>(tensor).expect("the flat tensors are f32 on the host");
+    bytemuck::cast_slice_mut(floats)
+}

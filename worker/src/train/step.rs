@@ -1,0 +1,191 @@
+//! One optimizer update: forward and backward of each virtual rank, the sum over all of them, clip,
+//! AdamW, running statistics, average.
+
+use cluster::{Step, StepMetrics, StepPhase, VirtualRank};
+use collective::{Exchange, Reduction};
+use model::{Draws, Targets, Update, clip_norm, global_norm, multi_exit};
+use recipe::BnBuffers;
+use tch::{Kind, Tensor};
+
+use super::{Interrupted, Orders, state::TrainState};
+use crate::{
+    feed::{Feed, MicroBatch},
+    progress::Progress,
+    setup::Setup,
+};
+
+/// Figures at the end of a virtual rank's vector: its loss, and the flag to leave.
+const FIGURES: usize = 2;
+
+/// What makes updates: buffers that are kept from step to step.
+#[derive(Debug)]
+pub(crate) struct Stepper {
+    /// One vector a virtual rank: gradients `[P]`, running statistics `[S]`, figures.
+    sum: Reduction,
+    /// Gradients of a virtual rank, later their mean, `[P]`.
+    gradients: Tensor,
+    /// The running statistics that every virtual rank starts from, `[S]`.
+    start: Vec<f32>,
+}
+
+/// A step that was made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Taken {
+    /// Its figures, without times.
+    pub(crate) metrics: StepMetrics,
+    /// Whether rank 0 asked all to leave the generation after it.
+    pub(crate) leave: bool,
+}
+
+/// What a step needs beside the state.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) setup: &'a Setup,
+    pub(crate) orders: &'a Orders,
+    pub(crate) progress: &'a Progress,
+    pub(crate) feed: &'a mut Feed,
+    pub(crate) peers: &'a mut dyn Exchange,
+}
+
+impl Stepper {
+    /// Buffers for steps on `state`.
+    pub(crate) fn new(setup: &Setup, state: &TrainState) -> Self {
+        let (params, buffers) = (state.layout().param_len(), state.layout().buffer_len());
+        let everything = 0..setup.recipe.virtual_ranks;
+        let length = params + buffers + FIGURES;
+        Self {
+            sum: Reduction::new(everything.end, &[everything], cluster::Rank(0), length),
+            gradients: Tensor::zeros(
+                [params.cast_signed() as i64],
+                (Kind::Float, tch::Device::Cpu),
+            ),
+            start: vec![0.0; buffers],
+        }
+    }
+
+    /// The sum, to be planned anew for another generation.
+    pub(crate) fn sum_mut(&mut self) -> &mut Reduction {
+        &mut self.sum
+    }
+
+    /// Makes the update after `state`'s step.
+    ///
+    /// # Errors
+    /// [`Interrupted`] if a peer is lost, the generation is over or the images cannot be read: the
+    /// state is then as before. So it is if the sum is not finite, which is fatal.
+    pub(crate) fn train_step(
+        &mut self,
+        state: &mut TrainState,
+        around: Surroundings<'_>,
+    ) -> Result<Taken, Interrupted> {
+        let Surroundings { setup, orders, progress, feed, peers } = around;
+        let step = state.step().expect("only a state that was agreed on is trained");
+        self.start.copy_from_slice(state.buffers());
+        self.sum.reset();
+        for rank in self.sum.block().map(VirtualRank) {
+            orders.check()?;
+            progress.enter(StepPhase::Load);
+            let batch = feed.next()?;
+            progress.enter(StepPhase::Compute);
+            let result = self.contribute(state, setup, step, rank, &batch, orders);
+            state.buffers_mut().copy_from_slice(&self.start);
+            result?;
+            feed.give_back(batch);
+        }
+        progress.enter(StepPhase::Reduce);
+        let sum = self.sum.finish(peers)?;
+        progress.enter(StepPhase::Update);
+
+        let (gradients, buffers, figures) = parts(sum, state);
+        let share = 1.0 / setup.recipe.virtual_ranks as f32;
+        let mean = libtorch::slice_mut::<f32>(&mut self.gradients).expect("it is f32 on the host");
+        for (mean, sum) in mean.iter_mut().zip(gradients) {
+            *mean = sum * share;
+        }
+        let norm = match setup.recipe.optimizer.clip_grad {
+            Some(norm_max) => clip_norm(&mut self.gradients, norm_max),
+            None => global_norm(&self.gradients),
+        };
+        let loss = figures[0] * share;
+        if !(norm.is_finite() && loss.is_finite()) {
+            return Err(Interrupted::not_finite(step, loss, norm));
+        }
+        let update = Update {
+            step: step.0,
+            learning_rate: setup.schedule.learning_rate(step.0),
+            weight_decay: setup.schedule.weight_decay(step.0),
+        };
+        state.apply(&self.gradients, buffers, &update, setup.recipe.ema.decay);
+        Ok(Taken { metrics: metrics(setup, loss, norm, &update), leave: figures[1] > 0.0 })
+    }
+
+    /// Forward and backward of one virtual rank, into the sum.
+    fn contribute(
+        &mut self,
+        state: &TrainState,
+        setup: &Setup,
+        step: Step,
+        rank: VirtualRank,
+        batch: &MicroBatch,
+        orders: &Orders,
+    ) -> Result<(), Interrupted> {
+        let (images, labels) = tensors(batch); // [B, 3, S, S], [B]
+        let draws = Draws { seed: setup.recipe.seed, step: step.0, virtual_rank: rank.0 };
+        let exits = state.network().forward_train(&images, &draws);
+        let losses = multi_exit(&exits, Targets::Labels(&labels), &setup.loss);
+        orders.check()?; // The backward pass takes longer than all before it.
+        state.network().gradients(&losses.total, &mut self.gradients)?;
+
+        let (gradients, buffers, figures) = parts_mut(self.sum.leaf(), state);
+        gradients.copy_from_slice(libtorch::slice(&self.gradients).expect("it is f32 on the host"));
+        let weight = match (setup.recipe.bn_buffers, rank) {
+            (BnBuffers::Mean, _) => 1.0 / setup.recipe.virtual_ranks as f32,
+            (BnBuffers::Rank0, VirtualRank(0)) => 1.0,
+            (BnBuffers::Rank0, _) => 0.0,
+        };
+        for (kept, moved) in buffers.iter_mut().zip(state.buffers()) {
+            *kept = moved * weight;
+        }
+        let asks_to_leave = rank == VirtualRank(0) && orders.is_leaving();
+        let loss = losses.total.double_value(&[]);
+        figures.copy_from_slice(&[as_f32(loss), f32::from(u8::from(asks_to_leave))]);
+        self.sum.push();
+        Ok(())
+    }
+}
+
+/// A micro-batch as the network takes it: images `[B, 3, S, S]` f32, labels `[B]` i64.
+pub(crate) fn tensors(batch: &MicroBatch) -> (Tensor, Tensor) {
+    let side = batch.size.cast_signed() as i64;
+    let images = Tensor::from_slice(&batch.images).view([-1, 3, side, side]);
+    (images, Tensor::from_slice(&batch.labels))
+}
+
+fn parts<'v>(vector: &'v [f32], state: &TrainState) -> (&'v [f32], &'v [f32], &'v [f32]) {
+    let (gradients, rest) = vector.split_at(state.layout().param_len());
+    let (buffers, figures) = rest.split_at(state.layout().buffer_len());
+    (gradients, buffers, figures)
+}
+
+fn parts_mut<'v>(
+    vector: &'v mut [f32],
+    state: &TrainState,
+) -> (&'v mut [f32], &'v mut [f32], &'v mut [f32]) {
+    let (gradients, rest) = vector.split_at_mut(state.layout().param_len());
+    let (buffers, figures) = rest.split_at_mut(state.layout().buffer_len());
+    (gradients, buffers, figures)
+}
+
+fn metrics(setup: &Setup, loss: f32, norm: f64, update: &Update) -> StepMetrics {
+    StepMetrics {
+        loss,
+        gradient_norm: as_f32(norm),
+        learning_rate: update.learning_rate,
+        images: setup.recipe.global_batch(),
+        ..StepMetrics::default()
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "figures are reported in f32")]
+fn as_f32(value: f64) -> f32 {
+    value as f32
+}
