@@ -16,6 +16,7 @@ use clap::Subcommand;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Train on this machine: start a coordinator and workers, supervise them, show how far they are.
+    #[command(after_help = up::AFTER_HELP)]
     Up(up::Arguments),
     /// Show how far a run is.
     Status(status::Arguments),
@@ -26,6 +27,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Recipe(recipe::Command),
     /// Coordinate a run: one small process without torch (`up` starts it by itself).
+    #[command(after_help = coordinator::AFTER_HELP)]
     Coordinator(coordinator::Arguments),
     /// Run a worker: all arguments go to `percheron-worker` (`up` starts them by itself).
     #[command(disable_help_flag = true, disable_version_flag = true)]

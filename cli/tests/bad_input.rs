@@ -254,8 +254,7 @@ async fn a_truncated_part_of_the_newest_checkpoint_is_named_with_what_to_do() {
     let part = format!("run/{}", part_name(Step(20), 1));
     cut(&bench.path(&part), 49);
     let refusal = bench.up(&["--run-dir", "run"]);
-    let folder = bench.text("run/checkpoints/step-0000000020");
-    names(&refusal, &[&bench.text(&part), "49 bytes, expected 50", &folder, "step 10"]);
+    names(&refusal, &[&bench.text(&part), "49 bytes, expected 50", "restore", "step 10"]);
 }
 
 #[tokio::test]

@@ -121,11 +121,13 @@ impl Ledger {
             Record::RunFailed { reason } => {
                 self.outcome = Some(Outcome::Failed { reason: reason.clone() });
             }
+            Record::CheckpointAbandoned { step, .. } => {
+                self.checkpoints.retain(|kept| kept != step);
+            }
             Record::RunCreated { .. }
             | Record::WorkerJoined { .. }
             | Record::WorkerRefused { .. }
-            | Record::ExchangeLost { .. }
-            | Record::CheckpointAbandoned { .. } => {}
+            | Record::ExchangeLost { .. } => {}
         }
     }
 }

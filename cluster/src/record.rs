@@ -113,7 +113,8 @@ pub enum Record {
         /// Its step.
         step: Step,
     },
-    /// A checkpoint was given up; the next one will be tried.
+    /// A checkpoint was given up before it was complete, and the next one will be tried; or it was
+    /// complete and has been taken away since.
     CheckpointAbandoned {
         /// Its step.
         step: Step,

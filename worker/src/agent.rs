@@ -1,11 +1,12 @@
 //! The worker's control plane: hosts the rules, speaks with the coordinator, starts and steers training.
 
+mod ending;
 mod outbox;
 mod session;
+mod upload;
 
 use std::{
     collections::BTreeMap,
-    io::Read as _,
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{Arc, mpsc as thread_channel},
@@ -13,11 +14,9 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use checkpoint::{SaveError, Store, save_part};
+use checkpoint::Store;
 use cluster::{
-    Action, Exit, Fingerprint, Generation, Hello, Notice, Part, Participant, Report, RunId, Share,
-    WorkerId,
+    Action, Exit, Fingerprint, Generation, Hello, Notice, Participant, Report, RunId, WorkerId,
 };
 use proto::v1::{self, session_request::Kind as Said, session_response::Kind as Heard};
 use recipe::Recipe;
@@ -30,19 +29,18 @@ use tokio::{
 use tracing::{info, warn};
 
 use self::{
+    ending::Terminations,
     outbox::Outbox,
     session::{Link, Target},
+    upload::upload,
 };
 use crate::{
     progress::Progress,
-    train::{Formation, KeepAt, Orders, ShareBytes, Told, Trainer, chain},
+    train::{Formation, KeepAt, Orders, Told, Trainer, chain},
 };
 
 /// Links that may wait for the agent.
 const LINKS_MAX: usize = 64;
-/// How often a part is put before it is given up, and the pause before the second attempt.
-const SAVE_ATTEMPTS: u32 = 5;
-const SAVE_PAUSE: Duration = Duration::from_millis(200);
 /// Before the coordinator has said how often it wants to hear from a worker.
 const FIRST_HEARTBEAT: Duration = Duration::from_secs(1);
 /// How long the end of a process waits for its last words to arrive.
@@ -512,90 +510,6 @@ impl Agent {
         }
         Ok(())
     }
-}
-
-/// Puts a share into the store.
-async fn upload(store: Store, generation: Generation, share: ShareBytes) -> Notice {
-    let ShareBytes { step, layout, parts } = share;
-    let mut written = Vec::with_capacity(parts.len());
-    for (index, bytes) in parts {
-        match put(&store, &layout, step, index, bytes).await {
-            Ok(part) => written.push(part),
-            Err(error) => {
-                let reason = chain(&error);
-                warn!(step = step.0, part = index, error = reason, "a part could not be saved");
-                return Notice::ShareSaved { generation, step, outcome: Err(reason) };
-            }
-        }
-    }
-    let sections = layout.sections().iter().map(|s| (s.name.clone(), s.bytes)).collect();
-    let (parts_total, part_bytes) = (layout.parts(), layout.part_bytes());
-    let share = Share { step, parts: written, parts_total, part_bytes, sections };
-    Notice::ShareSaved { generation, step, outcome: Ok(share) }
-}
-
-async fn put(
-    store: &Store,
-    layout: &checkpoint::Layout,
-    step: cluster::Step,
-    index: u32,
-    bytes: Bytes,
-) -> Result<Part, SaveError> {
-    let mut pause = SAVE_PAUSE;
-    for _ in 1..SAVE_ATTEMPTS {
-        match save_part(store, layout, step, index, bytes.clone()).await {
-            Err(error) if error.is_transient() => {
-                warn!(step = step.0, part = index, error = chain(&error), "saving is tried again");
-                tokio::time::sleep(pause).await;
-                pause *= 2;
-            }
-            done => return done.map(part),
-        }
-    }
-    save_part(store, layout, step, index, bytes).await.map(part)
-}
-
-fn part(record: checkpoint::PartRecord) -> Part {
-    Part { index: record.index, bytes: record.bytes, digest: record.blake3.to_string() }
-}
-
-/// The signals that ask a process to stop, and the end of standard input.
-struct Terminations {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Terminations {
-    fn listen(exit_with_stdin: bool) -> Result<Self, AgentError> {
-        use tokio::signal::unix::{SignalKind, signal};
-        if exit_with_stdin {
-            thread::Builder::new()
-                .name("stdin".to_owned())
-                .spawn(end_with_stdin)
-                .map_err(system("start a thread"))?;
-        }
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).map_err(system("listen for SIGTERM"))?,
-            interrupt: signal(SignalKind::interrupt()).map_err(system("listen for SIGINT"))?,
-        })
-    }
-
-    /// The next request to stop.
-    async fn next(&mut self) -> String {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM".to_owned(),
-            _ = self.interrupt.recv() => "SIGINT".to_owned(),
-        }
-    }
-}
-
-/// Whoever started this process is gone: nobody would miss it, or end it.
-fn end_with_stdin() {
-    let mut sink = [0; 64];
-    let mut stdin = std::io::stdin().lock();
-    while stdin.read(&mut sink).is_ok_and(|read| read > 0) {}
-    warn!("standard input has ended: this worker ends with it");
-    std::process::exit(1);
 }
 
 fn every(interval: Duration) -> Interval {

@@ -4,6 +4,11 @@
 //! not known here. A benchmark that drives a whole cluster from outside is a variant of
 //! [`Benchmark`] and a file below `bench/`.
 
+mod figures;
+mod histories;
+mod recovery;
+mod steady;
+
 use std::ffi::OsString;
 
 use anyhow::Result;
@@ -13,6 +18,12 @@ use crate::{process, setup, test};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Benchmark {
+    /// Kill workers of a run, and measure how fast the others stop and go on.
+    Recovery(recovery::Arguments),
+    /// Train for long, and see whether memory or step time grow.
+    Steady(steady::Arguments),
+    /// Train the whole recipe with every number of workers and with faults: one state.
+    Histories(histories::Arguments),
     /// Any other name, with its arguments, is one of `percheron bench`.
     #[command(external_subcommand)]
     OfPercheron(Vec<OsString>),
@@ -22,6 +33,9 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
     setup::run(workspace)?;
     test::build(workspace)?;
     match benchmark {
+        Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
+        Benchmark::Steady(arguments) => steady::run(workspace, arguments),
+        Benchmark::Histories(arguments) => histories::run(workspace, arguments),
         Benchmark::OfPercheron(arguments) => {
             process::run(workspace.binary("percheron").arg("bench").args(arguments))
         }

@@ -15,7 +15,8 @@ coordinator and three workers on this machine. On the way:
 
   - at step 60 one worker is killed without warning: the two others notice, agree on where
     they stand and go on;
-  - at step 90 a new worker joins: it fetches the state from the others while they train;
+  - at step 90 a new worker joins: all leave their generation after the same step, the newcomer
+    is given the state, and three go on;
   - no step that was taken is lost, and no image is seen twice in an epoch.
 
 At the end you see the accuracy of the four exits and a digest of the final state. The digest is

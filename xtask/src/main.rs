@@ -1,8 +1,7 @@
 //! `cargo xtask`: everything that is done to this repository by command.
 //!
 //! Each subcommand does its own set-up, so that a fresh machine with Rust and Python needs no other.
-//! `demo` and `bench` run the command `percheron` and say so where it is not there yet. One file a subcommand; `workspace` knows where
-//! things lie and `process` runs programs.
+//! One file a subcommand; `workspace` knows where things lie and `process` runs programs.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a person")]
 

@@ -18,6 +18,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::run_dir::{self, RunDir};
 
+pub(super) const AFTER_HELP: &str =
+    "PERCHERON_LOG says how much is logged on the standard error [default: info].";
+
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// The recipe of the run, a file.
@@ -41,7 +44,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -10,6 +10,13 @@ use crate::{
     up::{Ending, Request, Start, Summary, prepare, supervise, words},
 };
 
+pub(super) const AFTER_HELP: &str = "\
+The folder of the run holds its recipe, its event log, its checkpoints and, in logs/, what coordinator \
+and workers write. Ctrl-C stops a run; the same command with --run-dir goes on from the newest \
+checkpoint, and the result has the same bits.
+
+Ends with 0 if the run is finished, 130 if it was stopped, 2 for wrong usage, else 1.";
+
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// A built-in recipe (see `percheron recipe list`) or a file. May be left out if --run-dir holds a

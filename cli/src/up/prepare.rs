@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use checkpoint::{Checkpoint, LoadError, Store, committed_steps};
-use cluster::{Outcome, Record, RunConfig, RunId, Step};
+use cluster::{Ledger, Outcome, Record, RunConfig, RunId, Step};
 use coordinator::{EventLog, LogError};
 use recipe::Recipe;
 use shards::Dataset;
@@ -192,7 +192,7 @@ async fn check_history(dir: &RunDir) -> Result<Report> {
             Ok(checkpoint) => checkpoint.verify().await,
             Err(error) => Err(error),
         };
-        checked.map_err(|error| explain(dir, &error))?;
+        checked.map_err(|error| explain(dir, report.ledger(), &error))?;
     }
     if let Some(log) = &mut log {
         forget_missing(dir, log, &mut report, &committed)?;
@@ -207,40 +207,45 @@ fn forget_missing(
     report: &mut Report,
     committed: &[Step],
 ) -> Result<()> {
-    let is_there = |step: &Step| committed.contains(step);
     let kept = report.ledger().checkpoints.iter().rev();
-    let missing: Vec<Step> = kept.take_while(|step| !is_there(step)).copied().collect();
-    let Some((&newest, &at)) = missing
-        .first()
-        .zip(log.read_from(log.last())?.last().map(|e| &e.at).as_ref().map(|at| *at))
-    else {
-        return Ok(());
-    };
-    let reason = "it is no longer in the run directory".to_owned();
-    let records = missing
-        .iter()
-        .map(|&step| Record::CheckpointAbandoned { step, reason: reason.clone() })
-        .collect::<Vec<_>>();
-    let mut after = report.ledger().clone();
-    records.iter().for_each(|record| after.apply(record));
-    if after.checkpoints.last().is_some_and(|step| !is_there(step)) {
+    let missing: Vec<Step> = kept.take_while(|step| !committed.contains(step)).copied().collect();
+    let Some(newest) = missing.first() else { return Ok(()) };
+    let (records, after) = forgetting(report.ledger(), &missing);
+    if after.checkpoints.last().is_some_and(|step| !committed.contains(step)) {
         bail!(
             "the run in {dir} counts on its checkpoint of step {newest}, which is not in {dir}/\
              checkpoints any more: put it back"
         );
     }
+    // The log's own clock does not run backwards.
+    let at = log.read_from(log.last())?.last().map(|entry| entry.at).unwrap_or_default();
     log.append(at, &records)?.iter().for_each(|entry| report.apply(entry));
     Ok(())
 }
 
-fn explain(dir: &RunDir, error: &LoadError) -> anyhow::Error {
+/// The records that say that checkpoints are gone, and the ledger after them: whether that is enough
+/// to go on from another one is for the rules to say.
+fn forgetting(ledger: &Ledger, gone: &[Step]) -> (Vec<Record>, Ledger) {
+    let reason = "it is no longer in the run directory".to_owned();
+    let record = |&step: &Step| Record::CheckpointAbandoned { step, reason: reason.clone() };
+    let records: Vec<_> = gone.iter().map(record).collect();
+    let mut after = ledger.clone();
+    records.iter().for_each(|record| after.apply(record));
+    (records, after)
+}
+
+fn explain(dir: &RunDir, ledger: &Ledger, error: &LoadError) -> anyhow::Error {
     let LoadError { step, fault, intact } = error;
-    let folder = format!("{dir}/checkpoints/step-{:010}", step.0);
+    let (_, after) = forgetting(ledger, &[*step]);
     let advice = match intact {
-        Some(intact) => format!(
-            "restore that object from a copy, or move the folder {folder} away to go on from step \
-             {intact}, which is intact"
+        Some(intact) if after.checkpoints.last() == Some(intact) => format!(
+            "restore that object from a copy, or move the folder {dir}/checkpoints/step-{:010} away \
+             to go on from step {intact}, whose checkpoint is intact",
+            step.0
         ),
+        Some(intact) => {
+            format!("restore that object from a copy (the checkpoint of step {intact} is intact)")
+        }
         None if fault.is_damage() => {
             format!("restore that object from a copy: no other checkpoint in {dir} is intact")
         }

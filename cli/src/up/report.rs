@@ -31,6 +31,8 @@ pub(crate) struct Report {
 #[derive(Debug, Default)]
 struct Times {
     step: Vec<f32>,
+    /// Median of each hundred steps, by the last of them.
+    step_by_100: Vec<(u64, f64)>,
     load: Vec<f32>,
     compute: Vec<f32>,
     reduce: Vec<f32>,
@@ -78,6 +80,7 @@ pub(crate) struct Summary {
     pub(crate) abort_ms: Vec<u64>,
     pub(crate) run_dir: String,
     pub(crate) step_ms_median: Option<f64>,
+    pub(crate) step_ms_by_100: Vec<(u64, f64)>,
     pub(crate) phase_ms_median: Phases,
     pub(crate) worker_rss_bytes_max: u64,
     pub(crate) worker_rss_bytes: Vec<(u64, u64)>,
@@ -190,6 +193,10 @@ impl Report {
         let Some(metrics) = metrics else { return };
         self.images += metrics.images;
         self.times.step.push(metrics.step_ms);
+        if step.0.is_multiple_of(100) {
+            let newest = &self.times.step[self.times.step.len().saturating_sub(100)..];
+            self.times.step_by_100.extend(median(newest).map(|median| (step.0, median)));
+        }
         self.times.load.push(metrics.load_ms);
         self.times.compute.push(metrics.compute_ms);
         self.times.reduce.push(metrics.reduce_ms);
@@ -236,6 +243,7 @@ impl Report {
             abort_ms: self.losses.iter().filter_map(Loss::abort_ms).collect(),
             run_dir: run_dir.to_owned(),
             step_ms_median: median(&self.times.step),
+            step_ms_by_100: self.times.step_by_100.clone(),
             phase_ms_median: Phases {
                 load: median(&self.times.load),
                 compute: median(&self.times.compute),

@@ -11,7 +11,6 @@ pub(crate) fn describe(record: &Record, ledger: &Ledger) -> Option<String> {
             format!("the coordinator is back: term {term}")
         }
         Record::WorkerJoined { name, .. } => format!("{name} is ready"),
-        Record::WorkerRefused { name, reason, .. } => format!("{name} was refused: {reason}"),
         Record::WorkerLost { name, cause, .. } => format!("{name} was lost: {cause}"),
         Record::GenerationFormed { generation, step, repeated, .. } => {
             let names = names(&ledger.members);
@@ -47,6 +46,7 @@ pub(crate) fn describe(record: &Record, ledger: &Ledger) -> Option<String> {
         }
         Record::TermStarted { .. }
         | Record::RunCreated { .. }
+        | Record::WorkerRefused { .. } // Its process says so itself.
         | Record::FingerprintFixed { .. }
         | Record::ExchangeLost { .. }
         | Record::GenerationOpened { .. }

@@ -1,0 +1,127 @@
+//! The promise: one final state for every number of workers and every history, and every image once an
+//! epoch. Real processes are killed, stopped and started.
+#![expect(clippy::unwrap_used, reason = "a test: what cannot be unwrapped fails it")]
+
+use std::{
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use cluster::Record;
+use coordinator::EventLog;
+use serde_json::Value;
+
+const STEPS: u64 = 8;
+
+/// `percheron up` of the short recipe into `run_dir`.
+fn command(run_dir: &Path, workers: u32, chaos: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    command.args(["up", "--recipe", "digits", "--json", "--workers", &workers.to_string()]);
+    for set in [
+        &format!("max_steps={STEPS}"),
+        "batch_size=2",
+        "evaluate_every_epochs=0",
+        "checkpoint.every_steps=3",
+        "checkpoint.part_mib=8",
+        "elastic.max_recovery=4s",
+        "schedule.warmup_epochs=0",
+    ] {
+        command.args(["--set", set]);
+    }
+    if !chaos.is_empty() {
+        command.args(["--chaos", chaos]);
+    }
+    command.arg("--run-dir").arg(run_dir).stdin(Stdio::null());
+    command
+}
+
+/// Trains; returns the last line of `--json`.
+fn up(run_dir: &Path, workers: u32, chaos: &str) -> Value {
+    let output = command(run_dir, workers, chaos).output().unwrap();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{workers} workers, {chaos:?}:\n{stderr}\n{stdout}");
+    let last = stdout.lines().last().unwrap();
+    serde_json::from_str(last).unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The steps that the run adopted, in the order of its log.
+fn adopted(run_dir: &Path) -> Vec<u64> {
+    let entries = EventLog::open(&run_dir.join("log")).unwrap().read_from(1).unwrap();
+    let step = |record: &Record| {
+        if let Record::StepAdopted { step, .. } = record { Some(step.0) } else { None }
+    };
+    entries.iter().filter_map(|entry| step(&entry.record)).collect()
+}
+
+/// Trains once with each history; all must end in one state, with each step adopted once.
+fn same_state(histories: &[(u32, &str)]) -> Vec<Value> {
+    let folder = tempfile::tempdir().unwrap();
+    let undisturbed = up(&folder.path().join("undisturbed"), 1, "");
+    let mut all = Vec::new();
+    for (number, (workers, chaos)) in histories.iter().enumerate() {
+        let run_dir = folder.path().join(format!("history-{number}"));
+        let summary = up(&run_dir, *workers, chaos);
+        let name = format!("{workers} workers, {chaos:?}");
+        assert_eq!(summary["state_sha256"], undisturbed["state_sha256"], "{name}");
+        assert_eq!(summary["top1"], undisturbed["top1"], "{name}");
+        assert_eq!(summary["ema_top1"], undisturbed["ema_top1"], "{name}");
+        assert_eq!(adopted(&run_dir), (1..=STEPS).collect::<Vec<_>>(), "{name}");
+        all.push(summary);
+    }
+    all
+}
+
+#[test]
+fn every_number_of_workers_ends_in_one_state() {
+    let summaries = same_state(&[(2, ""), (3, ""), (4, "")]);
+    for summary in summaries {
+        assert_eq!((&summary["steps"], &summary["repeated_steps"]), (&STEPS.into(), &0.into()));
+        assert_eq!(summary["generations"], 1);
+    }
+}
+
+#[test]
+fn every_history_of_kills_joins_stops_and_restarts_ends_in_one_state() {
+    let histories = [
+        (3, "kill@3"),
+        (2, "kill@2,join@4"),
+        (1, "kill@4"), // Nobody is left: the newest checkpoint.
+        (1, "join@2,join@3,kill@5"),
+        (3, "stop@3"),
+        (2, "coordinator-kill@2,kill@4"),
+        (4, "kill@2,kill@3,coordinator-kill@4,join@5"),
+    ];
+    for (summary, (_, chaos)) in same_state(&histories).iter().zip(histories) {
+        assert!(summary["generations"].as_u64().unwrap() >= 2, "{chaos}: {summary}");
+        let disturbed = chaos.matches(",kill@").count()
+            + usize::from(chaos.starts_with("kill@"))
+            + chaos.matches("stop@").count();
+        assert_eq!(summary["recovery_ms"].as_array().unwrap().len(), disturbed, "{chaos}");
+    }
+}
+
+#[test]
+fn a_run_that_was_interrupted_goes_on_and_a_finished_one_is_not_run_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let undisturbed = up(&folder.path().join("undisturbed"), 2, "");
+    let again = up(&folder.path().join("undisturbed"), 2, "");
+    assert_eq!(again, undisturbed, "nothing was trained again");
+
+    let run_dir = folder.path().join("interrupted");
+    let mut first = command(&run_dir, 2, "").stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(first.stderr.take().unwrap()).lines().map(Result::unwrap);
+    lines.find(|line| line.contains("checkpoint kept")).expect("it keeps step 3");
+    let pid = nix::unistd::Pid::from_raw(first.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let said: Vec<String> = lines.collect();
+    assert_eq!(first.wait().unwrap().code(), Some(130), "{said:?}");
+    assert!(said.iter().any(|line| line.contains("--run-dir")), "it says how to go on: {said:?}");
+    let resumed = up(&run_dir, 3, "");
+    assert_eq!(resumed["state_sha256"], undisturbed["state_sha256"]);
+    assert_eq!(adopted(&run_dir), (1..=STEPS).collect::<Vec<_>>());
+}
