@@ -234,7 +234,7 @@ fn a_run_of_another_recipe_is_left_alone_and_the_keys_are_named() {
     bench.make_run("run");
     let sets = ["--set", "seed=7", "--set", "schedule.lr=0.5", "--set", "elastic.workers_min=1"];
     let refusal = bench.up(&[&["--recipe", "digits", "--run-dir", "run"], &sets[..]].concat());
-    names(&refusal, &[&bench.text("run/recipe.toml"), "seed: 1, 7", "schedule.lr: 0.002, 0.5"]);
+    names(&refusal, &[&bench.text("run/recipe.toml"), "seed: 1, 7", "schedule.lr: 0.003, 0.5"]);
     assert!(!refusal.contains("workers_min"), "{refusal}");
 }
 

@@ -246,7 +246,9 @@ impl Agent {
                 }
             }
         }
+        self.abort_training();
         self.say_farewell(links).await?;
+        self.join_training().await;
         Ok(self.exit.take().expect("the loop ends with an exit"))
     }
 
@@ -470,11 +472,26 @@ impl Agent {
         }
     }
 
-    /// Stops training; waits for uploads, and for what was said to arrive.
-    async fn say_farewell(&mut self, mut links: mpsc::Receiver<Link>) -> Result<(), AgentError> {
+    fn abort_training(&self) {
         if let Some((_, orders)) = self.training.as_ref().and_then(|t| t.current.as_ref()) {
             orders.abort.abort();
         }
+    }
+
+    /// Waits for the training thread: libtorch must not compute while the process is torn down.
+    async fn join_training(&mut self) {
+        let Some(training) = self.training.take() else { return };
+        drop(training.formations);
+        let joining = tokio::task::spawn_blocking(move || training.thread.join());
+        match tokio::time::timeout(FAREWELL, joining).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(_) => warn!("the training thread has panicked"),
+            Err(_) => warn!("the training thread does not stop"),
+        }
+    }
+
+    /// Waits for uploads, and for what was said to arrive.
+    async fn say_farewell(&mut self, mut links: mpsc::Receiver<Link>) -> Result<(), AgentError> {
         let deadline = Instant::now() + FAREWELL;
         while let Some(saved) = self.uploads.join_next().await {
             let notice = saved.expect("an upload does not panic");

@@ -81,6 +81,6 @@ fn work(arguments: Arguments) -> Result<Exit> {
         .build()
         .context("cannot start the runtime")?;
     let exit = runtime.block_on(agent::run(options, fingerprint));
-    runtime.shutdown_background(); // The training thread may be inside an operation.
+    runtime.shutdown_background();
     Ok(exit?)
 }

@@ -2,6 +2,7 @@
 
 use std::{io::Read as _, thread};
 
+use rustix::process::Signal;
 use tracing::warn;
 
 use super::{AgentError, system};
@@ -42,5 +43,7 @@ fn end_with_stdin() {
     let mut stdin = std::io::stdin().lock();
     while stdin.read(&mut sink).is_ok_and(|read| read > 0) {}
     warn!("standard input has ended: this worker ends with it");
-    std::process::exit(1);
+    // Not an orderly exit: that would tear libtorch down while it computes.
+    let killed = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+    killed.expect("a process may end itself");
 }

@@ -16,8 +16,8 @@ const HISTORIES: [(u32, &str); 10] = [
     (2, "kill@31,join@40,kill@101,join@120"),
     (1, "kill@70,join@75,join@80"),
     (4, "stop@50,kill@90"),
-    (3, "coordinator-kill@20,kill@80,coordinator-kill@140"),
-    (2, "join@10,join@20,kill@66,stop@110,coordinator-kill@111,join@130"),
+    (3, "coordinator-kill@20,kill@80,coordinator-kill@120"),
+    (2, "join@10,join@20,kill@66,stop@100,coordinator-kill@101,join@115"),
 ];
 
 #[derive(Debug, clap::Args)]

@@ -109,6 +109,7 @@ fn a_run_with_a_kill_is_summed_up() {
       ],
       "run_dir": "runs/toy",
       "step_ms_median": 200.0,
+      "step_ms_by_100": [],
       "phase_ms_median": {
         "load": 0.0,
         "compute": 100.0,
