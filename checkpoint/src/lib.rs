@@ -18,6 +18,7 @@ mod layout;
 mod load;
 mod manifest;
 mod prune;
+pub mod pth;
 mod save;
 mod store;
 

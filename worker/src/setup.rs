@@ -87,8 +87,7 @@ impl Setup {
         let recipe = Recipe::from_toml("of the run", recipe_toml, &[])?;
         let in_section =
             |section: &'static str| move |problem: String| SetupError::Section { section, problem };
-        let architecture = Architecture::try_from(&model_config(&recipe))
-            .map_err(|error| in_section("[model]")(error.to_string()))?;
+        let architecture = architecture(&recipe)?;
         let augment = augment(&recipe);
         let transforms = Transform::training(&augment, recipe.model.input_size, recipe.seed)
             .and_then(|train| {
@@ -108,7 +107,7 @@ impl Setup {
             .map_err(|error| in_section("(top level)")(error.problems.join("; ")))?;
         let schedule = Schedule::new(&schedule_config(&recipe), batches.steps_per_epoch())
             .map_err(|error| in_section("[schedule]")(error.to_string()))?;
-        let (loss, optimizer) = (loss_config(&recipe), adamw_config(&recipe));
+        let (loss, optimizer) = (loss_config(&recipe), adamw(&recipe));
         Ok(Self {
             recipe,
             plan,
@@ -121,6 +120,23 @@ impl Setup {
             validation,
         })
     }
+}
+
+/// The recipe's network.
+///
+/// # Errors
+/// [`SetupError`] names the fields of `[model]` that do not fit.
+pub fn architecture(recipe: &Recipe) -> Result<Architecture, SetupError> {
+    Architecture::try_from(&model_config(recipe))
+        .map_err(|error| SetupError::Section { section: "[model]", problem: error.to_string() })
+}
+
+/// Images in the recipe's training split.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn training_samples(recipe: &Recipe) -> Result<u64, shards::OpenError> {
+    Ok(Dataset::open(&recipe.data.location, &recipe.data.train)?.len())
 }
 
 fn split(
@@ -172,7 +188,9 @@ fn loss_config(recipe: &Recipe) -> LossConfig {
     }
 }
 
-fn adamw_config(recipe: &Recipe) -> AdamWConfig {
+/// The recipe's optimizer.
+#[must_use]
+pub fn adamw(recipe: &Recipe) -> AdamWConfig {
     let [beta1, beta2] = recipe.optimizer.betas;
     AdamWConfig { beta1, beta2, epsilon: recipe.optimizer.eps }
 }

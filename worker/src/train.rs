@@ -28,6 +28,7 @@ use collective::{
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
+pub(crate) use self::checkpoints::{restore, share};
 pub use self::{
     checkpoints::{RestoreError, ShareBytes},
     state::{SECTIONS, TrainState},
@@ -351,8 +352,7 @@ impl Training {
             Origin::Initial => self.state.initialize(self.setup.recipe.seed),
             Origin::Checkpoint(step) => {
                 info!(step = step.0, "the state is read from a checkpoint");
-                let restoring =
-                    checkpoints::restore(&host.checkpoints, step, &mut self.state, &self.layout);
+                let restoring = restore(&host.checkpoints, step, &mut self.state, &self.layout);
                 host.runtime
                     .block_on(restoring)
                     .map_err(|error| Interrupted::Fatal { reason: chain(&error) })?;
@@ -409,7 +409,7 @@ impl Training {
 
     fn save_share(&self, host: &Trainer, generation: Generation, rank: Rank, size: u32) {
         host.progress.enter(StepPhase::Checkpoint);
-        let share = checkpoints::share(&self.state, self.layout.clone(), rank, size);
+        let share = share(&self.state, self.layout.clone(), rank, size);
         drop(host.told.send(Told::Share { generation, share })); // As in `say`.
     }
 
