@@ -9,9 +9,8 @@ use crate::{
     dataset::{Dataset, ReadError},
     decode::Decoder,
     image::CHANNELS,
-    jpeg::JpegError,
-    resize::Resizer,
-    transform::{Transform, TransformError},
+    jpeg::{Header, JpegError, Opened},
+    transform::{Scratch, Transform, TransformError},
 };
 
 /// Reads, decodes and transforms samples. One a thread; it keeps its buffers between batches.
@@ -19,8 +18,9 @@ use crate::{
 pub struct Loader {
     dataset: Arc<Dataset>,
     transform: Transform,
+    bytes: Vec<u8>,
     decoder: Decoder,
-    resizer: Resizer,
+    scratch: Scratch,
 }
 
 /// A batch that cannot be made.
@@ -53,7 +53,13 @@ impl Loader {
     /// A loader of its own for the calling thread.
     #[must_use]
     pub fn new(dataset: Arc<Dataset>, transform: Transform) -> Self {
-        Self { dataset, transform, decoder: Decoder::new(), resizer: Resizer::new() }
+        Self {
+            dataset,
+            transform,
+            bytes: Vec::new(),
+            decoder: Decoder::new(),
+            scratch: Scratch::new(),
+        }
     }
 
     /// The dataset that it reads.
@@ -85,15 +91,16 @@ impl Loader {
     }
 
     fn load_sample(&mut self, id: u64, epoch: Epoch, pixels: &mut [u8]) -> Result<i64, LoadError> {
-        let sample = self.dataset.read(id)?;
+        let label = self.dataset.read_into(id, &mut self.bytes)?;
         let describe = || self.dataset.describe(id);
-        let image = self
-            .decoder
-            .decode(&sample.image)
-            .map_err(|source| LoadError::Decode { sample: describe(), source })?;
+        let undecodable = |source| LoadError::Decode { sample: describe(), source };
+        let image = Opened::new(&self.bytes).map_err(undecodable)?;
+        let Header { width, height, .. } = image.header();
+        let part = self.transform.part(width, height, epoch, id);
+        let part = self.decoder.decode_part(image, part).map_err(undecodable)?;
         self.transform
-            .apply(image, epoch, id, &mut self.resizer, pixels)
+            .apply_to_part(part, (width, height), epoch, id, &mut self.scratch, pixels)
             .map_err(|source| LoadError::Transform { sample: describe(), source })?;
-        Ok(i64::from(sample.label))
+        Ok(i64::from(label))
     }
 }

@@ -10,7 +10,7 @@ use cluster::Epoch;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use shards::{
-    Augment, Batch, Normalize, Transform,
+    Augment, Batch, Normalize, Scratch, Transform,
     decode::Decoder,
     image::{self, Rect, View},
     resize::Resizer,
@@ -172,14 +172,14 @@ fn normalisation_is_torchvisions() {
 #[test]
 fn the_evaluation_transform_is_the_references() {
     let Some(reference) = Reference::load() else { return };
-    let mut resizer = Resizer::new();
+    let mut scratch = Scratch::new();
     for case in &reference.cases.eval {
         let settings = Augment { crop_pct: case.crop_pct, ..Augment::default() };
         let transform = Transform::evaluation(&settings, case.input_size).unwrap();
         let source = reference.picture(&format!("img/{}", case.image));
         let size = transform.size();
         let mut images = vec![0; size * size * 3];
-        transform.apply(source.view(), Epoch(0), 0, &mut resizer, &mut images).unwrap();
+        transform.apply(source.view(), Epoch(0), 0, &mut scratch, &mut images).unwrap();
         assert!(images == reference.tensor(&case.key).1, "{}", case.key);
         let batch = Batch { images, labels: vec![0], size };
         let mut normalized = Vec::new();
