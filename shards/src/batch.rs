@@ -1,6 +1,6 @@
 //! A batch of images, and their normalisation.
 
-use crate::image::CHANNELS;
+use crate::{erase::Erasure, image::CHANNELS};
 
 /// Images and labels of one micro-batch. A slot to be filled again and again: it keeps its memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub struct Batch {
     pub labels: Vec<i64>,
     /// Side of the images in pixels.
     pub size: usize,
+    /// Boxes that noise replaces when the images are normalised.
+    pub erasures: Vec<Erasure>,
 }
 
 impl Batch {
@@ -37,6 +39,8 @@ impl Batch {
         self.size = size;
         self.images.resize(count * size * size * CHANNELS, 0);
         self.labels.resize(count, 0);
+        self.erasures.clear();
+        self.erasures.reserve(count); // Each image loses at most one box.
     }
 }
 
@@ -59,8 +63,8 @@ impl Normalize {
         Self { table }
     }
 
-    /// The batch as the network takes it: `[B, 3, size, size]` (NCHW), f32. `planes` keeps its memory
-    /// between calls.
+    /// The batch as the network takes it: `[B, 3, size, size]` (NCHW), f32, its boxes erased. `planes`
+    /// keeps its memory between calls.
     pub fn nchw(&self, batch: &Batch, planes: &mut Vec<f32>) {
         planes.resize(batch.images.len(), 0.0);
         let pixels = batch.size * batch.size;
@@ -76,6 +80,10 @@ impl Normalize {
                     *result = table[usize::from(pixel[channel])];
                 }
             }
+        }
+        for erasure in &batch.erasures {
+            let image = &mut planes[erasure.image * pixels * CHANNELS..][..pixels * CHANNELS];
+            erasure.fill(image, batch.size);
         }
     }
 }
@@ -93,6 +101,7 @@ mod tests {
             ],
             labels: vec![4, 5],
             size: 2,
+            erasures: Vec::new(),
         };
         let mut planes = Vec::new();
         Normalize::new([0.0; 3], [1.0 / 255.0; 3]).nchw(&batch, &mut planes);

@@ -79,7 +79,7 @@ impl<'a> View<'a> {
 
     /// Everything from row `y` on to the end of the memory that the view looks at: at least the row,
     /// and further pixels of the image it is part of.
-    pub(crate) fn from_row(&self, y: usize) -> &'a [u8] {
+    pub(crate) fn rows_on(&self, y: usize) -> &'a [u8] {
         assert!(y < self.height, "row {y} of {}", self.height);
         &self.pixels[y * self.stride..]
     }

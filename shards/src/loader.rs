@@ -8,6 +8,7 @@ use crate::{
     batch::Batch,
     dataset::{Dataset, ReadError},
     decode::Decoder,
+    erase::Erasure,
     image::CHANNELS,
     jpeg::{Header, JpegError, Opened},
     transform::{Scratch, Transform, TransformError},
@@ -84,8 +85,13 @@ impl Loader {
         let size = self.transform.size();
         batch.prepare(ids.len(), size);
         let slots = batch.images.chunks_exact_mut(size * size * CHANNELS);
-        for ((&id, pixels), label) in ids.iter().zip(slots).zip(&mut batch.labels) {
+        for ((place, &id), (pixels, label)) in
+            ids.iter().enumerate().zip(slots.zip(&mut batch.labels))
+        {
             *label = self.load_sample(id, epoch, pixels)?;
+            if let Some((area, key)) = self.transform.erased(epoch, id) {
+                batch.erasures.push(Erasure { image: place, area, key });
+            }
         }
         Ok(())
     }

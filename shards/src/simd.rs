@@ -20,6 +20,18 @@ pub(crate) use avx2::{is_available, resize_columns, resize_rows};
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) use nowhere::{is_available, resize_columns, resize_rows};
 
+/// Runs `work`, compiled for the widest vectors that the processor has. Never changes a result: what
+/// the compiler makes of integers and of IEEE arithmetic is the same for every width.
+#[inline]
+pub(crate) fn widest<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if is_available() {
+        // SAFETY: AVX2 is there.
+        return unsafe { avx2::run(work) };
+    }
+    work()
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::*;
@@ -43,6 +55,12 @@ mod avx2 {
         is_x86_feature_detected!("avx2")
     }
 
+    /// What is inlined into this function may use AVX2; what is not is none the worse.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn run<R>(work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
     /// The horizontal pass: `target` has room for the rows of `source`.
     pub(crate) fn resize_rows(source: View<'_>, taps: &Taps, target: &mut Between) {
         assert!(is_available(), "chosen by whoever calls");
@@ -62,7 +80,7 @@ mod avx2 {
         let groups = pixels.chunks_mut(*stride * GROUP).zip((0..height).step_by(GROUP));
         for (rows_out, y) in groups {
             let rows: [&[u8]; GROUP] =
-                std::array::from_fn(|row| source.from_row((y + row).min(height - 1)));
+                std::array::from_fn(|row| source.rows_on((y + row).min(height - 1)));
             let count = GROUP.min(height - y);
             assert!(rows_out.len() >= count * *stride, "room for the group");
             if rows.iter().all(|row| row.len() >= reach) {

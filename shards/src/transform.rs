@@ -6,6 +6,8 @@ use crate::{
     augment::{Augment, Crop, Decision, Draws, InvalidAugment},
     batch::Normalize,
     image::{self, CHANNELS, Rect, View},
+    operation::truncate,
+    rand_augment::color_jitter,
     resize::{Axis, Resizer},
 };
 
@@ -33,6 +35,7 @@ enum Purpose {
 #[derive(Debug, Default)]
 pub struct Scratch {
     resizer: Resizer,
+    image: Vec<u8>,
 }
 
 impl Scratch {
@@ -40,6 +43,12 @@ impl Scratch {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// With a [scalar](Resizer::scalar) resizer, to check the others by.
+    #[must_use]
+    pub fn scalar() -> Self {
+        Self { resizer: Resizer::scalar(), image: Vec::new() }
     }
 }
 
@@ -187,9 +196,34 @@ impl Transform {
                 if flip.unit() < self.augment.flip_probability {
                     image::flip(target, self.size);
                 }
+                let mut draws = Draws::new(Decision::Operations, seed, epoch, sample);
+                self.change(&mut draws, &mut scratch.image, target);
             }
         }
         Ok(())
+    }
+
+    /// The box that noise replaces once the image is normalised, and the key of that noise.
+    #[must_use]
+    pub fn erased(&self, epoch: Epoch, sample: u64) -> Option<(Rect, u64)> {
+        let (Purpose::Training { seed }, Some(erase)) = (self.purpose, self.augment.erase) else {
+            return None;
+        };
+        erase.draw(self.size, &mut Draws::new(Decision::Erase, seed, epoch, sample))
+    }
+
+    /// RandAugment, or the colour jitter where that is off.
+    fn change(&self, draws: &mut Draws, scratch: &mut Vec<u8>, target: &mut [u8]) {
+        let fill = self.augment.mean.map(|mean| truncate((f64::from(mean) * 255.0).round()));
+        if let Some(setting) = self.augment.rand_augment {
+            for operation in setting.draw(draws) {
+                operation.apply(target, self.size, fill, scratch);
+            }
+        } else if self.augment.color_jitter > 0.0 {
+            for operation in color_jitter(self.augment.color_jitter, draws) {
+                operation.apply(target, self.size, fill, scratch);
+            }
+        }
     }
 
     fn padded_crop(

@@ -8,7 +8,7 @@ use std::{fs, path::Path, sync::Arc};
 
 use cluster::Epoch;
 use shards::{
-    Augment, Batch, Dataset, Loader, PackOptions, Transform,
+    Augment, Batch, Dataset, Erase, Loader, PackOptions, RandAugment, Transform,
     jpeg::{self, Pixels},
     pack,
 };
@@ -59,6 +59,13 @@ fn training_and_evaluation_allocate_nothing_a_sample() {
     assert_eq!(allocations(to, "train", training.clone()), 0);
     assert_eq!(allocations(to, "train", evaluation), 0);
     assert_eq!(allocations("builtin:digits", "train", training), 0);
+    let full = Augment {
+        rand_augment: Some(RandAugment::parse("rand-m9-mstd0.5-inc1").unwrap()),
+        erase: Some(Erase::default()),
+        ..Augment::default()
+    };
+    let full = Transform::training(&full, 64, 1).unwrap();
+    assert_eq!(allocations(to, "train", full), 0);
 }
 
 #[test]
