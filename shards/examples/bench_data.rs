@@ -8,6 +8,7 @@
 use std::{env, error::Error, fs, path::PathBuf, process::ExitCode};
 
 use cluster::Epoch;
+use rustix::time::{ClockId, clock_gettime};
 use shards::{
     Augment, Batch, Erase, Erasure, RandAugment, Scratch, Transform, decode::Decoder, jpeg::Opened,
 };
@@ -71,9 +72,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut seconds = Vec::new();
     worker.stages = [0.0; 3];
     for pass in 0..arguments.passes {
-        let start = cpu_seconds()?;
+        let start = cpu_seconds();
         worker.pass(&files, pass)?;
-        seconds.push(cpu_seconds()? - start);
+        seconds.push(cpu_seconds() - start);
     }
     let images = files.len() as f64;
     let bytes: usize = files.iter().map(Vec::len).sum();
@@ -126,12 +127,12 @@ impl Worker {
         let normalize = self.transform.normalize();
         let epoch = Epoch(epoch);
         for (sample, file) in (0..).zip(files) {
-            let start = cpu_seconds()?;
+            let start = cpu_seconds();
             let image = Opened::new(file)?;
             let whole = (image.header().width, image.header().height);
             let part = self.transform.part(whole.0, whole.1, epoch, sample);
             let part = self.decoder.decode_part(image, part)?;
-            let decoded = cpu_seconds()?;
+            let decoded = cpu_seconds();
             self.transform.apply_to_part(
                 part,
                 whole,
@@ -143,10 +144,10 @@ impl Worker {
             self.batch.erasures.clear();
             let erased = self.transform.erased(epoch, sample);
             self.batch.erasures.extend(erased.map(|(area, key)| Erasure { image: 0, area, key }));
-            let transformed = cpu_seconds()?;
+            let transformed = cpu_seconds();
             normalize.nchw(&self.batch, &mut self.planes);
             std::hint::black_box(&self.planes);
-            let ends = [start, decoded, transformed, cpu_seconds()?];
+            let ends = [start, decoded, transformed, cpu_seconds()];
             for (stage, times) in self.stages.iter_mut().zip(ends.windows(2)) {
                 *stage += times[1] - times[0];
             }
@@ -155,9 +156,8 @@ impl Worker {
     }
 }
 
-/// CPU time of this thread so far. Linux counts it in nanoseconds.
-fn cpu_seconds() -> Result<f64, Box<dyn Error>> {
-    let text = fs::read_to_string("/proc/thread-self/schedstat")?;
-    let nanoseconds: u64 = text.split(' ').next().unwrap_or_default().parse()?;
-    Ok(nanoseconds as f64 * 1e-9)
+/// CPU time of this thread so far.
+fn cpu_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }

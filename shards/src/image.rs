@@ -72,6 +72,7 @@ impl<'a> View<'a> {
     /// # Panics
     /// If there is no such row.
     #[must_use]
+    #[inline]
     pub fn row(&self, y: usize) -> &'a [u8] {
         assert!(y < self.height, "row {y} of {}", self.height);
         &self.pixels[y * self.stride..][..self.width * CHANNELS]

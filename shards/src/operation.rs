@@ -125,13 +125,7 @@ impl Operation {
         scratch.clear();
         scratch.extend_from_slice(pixels);
         let source = View::new(scratch, width, height);
-        if affine.keeps_rows() {
-            warp::along_rows(source, affine, fill, pixels);
-        } else if affine.keeps_columns() {
-            warp::along_columns(source, affine, fill, pixels);
-        } else {
-            warp::anywhere(source, affine, fill, pixels);
-        }
+        warp::warp(source, affine, fill, pixels);
     }
 
     /// Where output pixels come from; `None` if the operation moves none.
@@ -175,6 +169,7 @@ fn table(of: impl Fn(u8) -> u8) -> Table {
     identity().map(of)
 }
 
+#[inline(always)]
 fn look_up(pixels: &mut [u8], tables: &[Table; CHANNELS]) {
     for pixel in pixels.as_chunks_mut::<CHANNELS>().0 {
         for (value, table) in pixel.iter_mut().zip(tables) {
@@ -183,6 +178,7 @@ fn look_up(pixels: &mut [u8], tables: &[Table; CHANNELS]) {
     }
 }
 
+#[inline(always)]
 fn look_up_alike(pixels: &mut [u8], table: &Table) {
     for value in pixels {
         *value = table[usize::from(*value)];
@@ -190,6 +186,7 @@ fn look_up_alike(pixels: &mut [u8], table: &Table) {
 }
 
 /// How often each value occurs, by channel.
+#[inline(always)]
 fn histograms(pixels: &[u8]) -> [[u32; 256]; CHANNELS] {
     let mut counts = [[0; 256]; CHANNELS];
     for pixel in pixels.as_chunks::<CHANNELS>().0 {
@@ -352,6 +349,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::warp::Reads;
 
     const FILL: [u8; 3] = [124, 116, 104];
 
@@ -433,7 +431,7 @@ mod tests {
         }
 
         #[test]
-        fn one_way_filters_agree_with_the_general_one(
+        fn shortcuts_and_vectors_agree_with_the_definition(
             operation in any_operation(), width in 1usize..40, height in 1usize..30, seed: u8,
         ) {
             let pixels: Vec<u8> = (0..width * height * 3)
@@ -441,7 +439,8 @@ mod tests {
                 .collect();
             let Some(affine) = operation.affine(width, height) else { return Ok(()) };
             let mut expected = vec![0; pixels.len()];
-            warp::anywhere(View::new(&pixels, width, height), affine, FILL, &mut expected);
+            let source = View::new(&pixels, width, height);
+            warp::warp_scalar(source, affine, Reads::Square, FILL, &mut expected);
             prop_assert!(applied(operation, &pixels, width) == expected);
         }
     }

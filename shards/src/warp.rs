@@ -12,6 +12,7 @@ use std::{f64, io::Write};
 use crate::{
     image::{CHANNELS, View},
     operation::truncate,
+    simd,
 };
 
 /// From an output position `(x, y)` to the position `(ax + by + c, dx + ey + f)` that it shows.
@@ -43,24 +44,16 @@ impl Affine {
         Some(Self { a, b, c, d, e, f })
     }
 
-    /// Whether every pixel stays in its row.
-    pub(crate) fn keeps_rows(&self) -> bool {
-        self.d == 0.0 && self.e == 1.0 && self.f == 0.0
-    }
-
-    /// Whether every pixel stays in its column.
-    pub(crate) fn keeps_columns(&self) -> bool {
-        self.a == 1.0 && self.b == 0.0 && self.c == 0.0
-    }
-
+    /// The column that the output shows at a position, which of a pixel is its centre.
     #[inline(always)]
-    fn column(&self, x: usize, y: usize) -> f64 {
-        self.a * (x as f64 + 0.5) + self.b * (y as f64 + 0.5) + self.c
+    pub(crate) fn column(&self, [x, y]: [f64; 2]) -> f64 {
+        self.a * x + self.b * y + self.c
     }
 
+    /// The row likewise.
     #[inline(always)]
-    fn row(&self, x: usize, y: usize) -> f64 {
-        self.d * (x as f64 + 0.5) + self.e * (y as f64 + 0.5) + self.f
+    pub(crate) fn row(&self, [x, y]: [f64; 2]) -> f64 {
+        self.d * x + self.e * y + self.f
     }
 }
 
@@ -174,72 +167,91 @@ fn four_of_row(row: &[[u8; CHANNELS]], place: Place) -> [[i32; LANES]; 4] {
     place.columns(row.len()).map(|column| widen(row[column]))
 }
 
+#[inline(always)]
 fn pixels_of<'a>(source: &View<'a>, y: usize) -> &'a [[u8; CHANNELS]] {
     source.row(y).as_chunks::<CHANNELS>().0
 }
 
-/// For a map that keeps rows.
-#[inline(always)]
-pub(crate) fn along_rows(
+/// What an affine map lets a pixel be made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// Four pixels of one row: the map keeps rows.
+    Row,
+    /// Four pixels of one column: the map keeps columns.
+    Column,
+    /// Four rows of four pixels.
+    Square,
+}
+
+impl Affine {
+    /// The least that has to be read.
+    pub(crate) fn reads(&self) -> Reads {
+        if self.d == 0.0 && self.e == 1.0 && self.f == 0.0 {
+            Reads::Row
+        } else if self.a == 1.0 && self.b == 0.0 && self.c == 0.0 {
+            Reads::Column
+        } else {
+            Reads::Square
+        }
+    }
+
+    /// What the output shows at (`x`, `y`); `None` if that is from outside of the image.
+    #[inline(always)]
+    pub(crate) fn pixel(
+        &self,
+        source: &View<'_>,
+        reads: Reads,
+        x: usize,
+        y: usize,
+    ) -> Option<[u8; CHANNELS]> {
+        let (width, height) = (source.width(), source.height());
+        let centre = [x as f64 + 0.5, y as f64 + 0.5];
+        let values = match reads {
+            Reads::Row => {
+                let place = Place::at(self.column(centre), width)?;
+                cubic_of_pixels(four_of_row(pixels_of(source, y), place), place.fraction)
+            }
+            Reads::Column => {
+                let place = Place::at(self.row(centre), height)?;
+                let four = place.rows(height).map(|row| widen(pixels_of(source, row)[x]));
+                cubic_of_pixels(four, place.fraction)
+            }
+            Reads::Square => {
+                let column = Place::at(self.column(centre), width)?;
+                let row = Place::at(self.row(centre), height)?;
+                let of_row = |row: usize| {
+                    let four = four_of_row(pixels_of(source, row), column);
+                    cubic_of_pixels(four, column.fraction)
+                };
+                cubic(row.rows(height).map(of_row), row.fraction)
+            }
+        };
+        Some(to_pixel(values))
+    }
+}
+
+/// Moves the pixels of `source` to `target`, an image of the same size.
+pub(crate) fn warp(source: View<'_>, affine: Affine, fill: [u8; CHANNELS], target: &mut [u8]) {
+    let reads = affine.reads();
+    if simd::is_available() {
+        simd::warp(source, affine, reads, fill, target);
+    } else {
+        warp_scalar(source, affine, reads, fill, target);
+    }
+}
+
+/// The definition, or one of its two shortcuts, pixel by pixel.
+pub(crate) fn warp_scalar(
     source: View<'_>,
     affine: Affine,
+    reads: Reads,
     fill: [u8; CHANNELS],
     target: &mut [u8],
 ) {
     let width = source.width();
     for (y, row) in target.chunks_exact_mut(width * CHANNELS).enumerate() {
-        let pixels = pixels_of(&source, y);
         for (x, out) in row.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
-            *out = match Place::at(affine.column(x, y), width) {
-                Some(place) => {
-                    to_pixel(cubic_of_pixels(four_of_row(pixels, place), place.fraction))
-                }
-                None => fill,
-            };
-        }
-    }
-}
-
-/// For a map that keeps columns.
-#[inline(always)]
-pub(crate) fn along_columns(
-    source: View<'_>,
-    affine: Affine,
-    fill: [u8; CHANNELS],
-    target: &mut [u8],
-) {
-    let (width, height) = (source.width(), source.height());
-    for (y, row) in target.chunks_exact_mut(width * CHANNELS).enumerate() {
-        for (x, out) in row.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
-            *out = match Place::at(affine.row(x, y), height) {
-                Some(place) => {
-                    let four = place.rows(height).map(|row| widen(pixels_of(&source, row)[x]));
-                    to_pixel(cubic_of_pixels(four, place.fraction))
-                }
-                None => fill,
-            };
-        }
-    }
-}
-
-/// For any map.
-#[inline(always)]
-pub(crate) fn anywhere(source: View<'_>, affine: Affine, fill: [u8; CHANNELS], target: &mut [u8]) {
-    let (width, height) = (source.width(), source.height());
-    for (y, row) in target.chunks_exact_mut(width * CHANNELS).enumerate() {
-        for (x, out) in row.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
-            let column = Place::at(affine.column(x, y), width);
-            let row = Place::at(affine.row(x, y), height);
-            *out = match (column, row) {
-                (Some(column), Some(row)) => {
-                    let of_row = |row: usize| {
-                        let four = four_of_row(pixels_of(&source, row), column);
-                        cubic_of_pixels(four, column.fraction)
-                    };
-                    to_pixel(cubic(row.rows(height).map(of_row), row.fraction))
-                }
-                (None, _) | (_, None) => fill,
-            };
+            *out = affine.pixel(&source, reads, x, y).unwrap_or(fill);
         }
     }
 }
