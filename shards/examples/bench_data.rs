@@ -106,12 +106,8 @@ struct Worker {
 impl Worker {
     fn new(augment: &Augment) -> Result<Self, Box<dyn Error>> {
         let side = SIZE as usize;
-        let batch = Batch {
-            images: vec![0; side * side * 3],
-            labels: vec![0],
-            size: side,
-            erasures: Vec::with_capacity(1),
-        };
+        let batch =
+            Batch { images: vec![0; side * side * 3], labels: vec![0], size: side, ..Batch::new() };
         Ok(Self {
             transform: Transform::training(augment, SIZE, 1)?,
             decoder: Decoder::new(),

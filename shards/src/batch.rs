@@ -13,6 +13,21 @@ pub struct Batch {
     pub size: usize,
     /// Boxes that noise replaces when the images are normalised.
     pub erasures: Vec<Erasure>,
+    /// Samples that were asked for and are damaged; another image and label stand in their place.
+    pub skipped: Vec<Skipped>,
+}
+
+/// A damaged sample that was left out of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its place in the batch.
+    pub place: usize,
+    /// Its id.
+    pub sample: u64,
+    /// Id of the sample that stands there instead.
+    pub instead: u64,
+    /// What is wrong with it, with shard, key and offset: a line for the log.
+    pub fault: String,
 }
 
 impl Batch {
@@ -39,6 +54,7 @@ impl Batch {
         self.size = size;
         self.images.resize(count * size * size * CHANNELS, 0);
         self.labels.resize(count, 0);
+        self.skipped.clear();
         self.erasures.clear();
         self.erasures.reserve(count); // Each image loses at most one box.
     }
@@ -102,6 +118,7 @@ mod tests {
             labels: vec![4, 5],
             size: 2,
             erasures: Vec::new(),
+            skipped: Vec::new(),
         };
         let mut planes = Vec::new();
         Normalize::new([0.0; 3], [1.0 / 255.0; 3]).nchw(&batch, &mut planes);

@@ -45,15 +45,15 @@ pub mod verify;
 mod warp;
 
 pub use augment::{Augment, Crop, InvalidAugment};
-pub use batch::{Batch, Normalize};
+pub use batch::{Batch, Normalize, Skipped};
 pub use dataset::{Dataset, OpenError, ReadError, Sample};
 pub use digest::Sha256;
 pub use erase::{Erase, Erasure};
-pub use loader::{LoadError, Loader};
+pub use loader::{LoadError, Loader, OnCorruptSample};
 pub use manifest::Manifest;
 pub use mixing::{Mix, Mixing};
 pub use pack::{PackError, PackOptions, pack};
-pub use plan::{BatchPlan, Order, PlanError, evaluation};
+pub use plan::{BatchPlan, Order, PlanError, Shuffle, evaluation};
 pub use rand_augment::RandAugment;
 pub use source::SourceError;
 pub use transform::{Scratch, Transform, TransformError};

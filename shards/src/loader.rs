@@ -1,11 +1,12 @@
 //! From sample ids to a batch.
 
-use std::sync::Arc;
+use std::{error::Error, sync::Arc};
 
 use cluster::Epoch;
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    batch::Batch,
+    batch::{Batch, Skipped},
     dataset::{Dataset, ReadError},
     decode::Decoder,
     erase::Erasure,
@@ -22,7 +23,23 @@ pub struct Loader {
     bytes: Vec<u8>,
     decoder: Decoder,
     scratch: Scratch,
+    on_corrupt: OnCorruptSample,
 }
+
+/// What to do with a damaged sample when it is to be trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCorruptSample {
+    /// Stop with an error that names it.
+    #[default]
+    Fail,
+    /// Take the next sample of the split that is whole in its place, with that sample's own draws, and
+    /// [say so](Batch::skipped). Whoever reads the same files takes the same.
+    SkipAndLog,
+}
+
+/// Damaged samples in a row after which a split is not worth reading on.
+const SKIPPED_IN_A_ROW_MAX: u64 = 64;
 
 /// A batch that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +56,16 @@ pub enum LoadError {
         #[source]
         source: JpegError,
     },
+    /// The sample is damaged, and so are all that could stand in its place.
+    #[error(
+        "no whole sample follows sample {sample}, which is damaged ({fault}): copy the split again"
+    )]
+    NothingWhole {
+        /// Sample id.
+        sample: u64,
+        /// What is wrong with the sample itself.
+        fault: String,
+    },
     /// The image does not suit the transform.
     #[error("{sample} cannot be transformed")]
     Transform {
@@ -48,6 +75,12 @@ pub enum LoadError {
         #[source]
         source: TransformError,
     },
+}
+
+/// An error and what caused it, in one line.
+fn with_causes(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 impl Loader {
@@ -60,7 +93,14 @@ impl Loader {
             bytes: Vec::new(),
             decoder: Decoder::new(),
             scratch: Scratch::new(),
+            on_corrupt: OnCorruptSample::Fail,
         }
+    }
+
+    /// The same loader with another way to treat damaged samples.
+    #[must_use]
+    pub fn on_corrupt(self, on_corrupt: OnCorruptSample) -> Self {
+        Self { on_corrupt, ..self }
     }
 
     /// The dataset that it reads.
@@ -88,12 +128,62 @@ impl Loader {
         for ((place, &id), (pixels, label)) in
             ids.iter().enumerate().zip(slots.zip(&mut batch.labels))
         {
-            *label = self.load_sample(id, epoch, pixels)?;
-            if let Some((area, key)) = self.transform.erased(epoch, id) {
+            let taken = match self.load_sample(id, epoch, pixels) {
+                Ok(found) => {
+                    *label = found;
+                    id
+                }
+                Err(error) if self.skips(&error) => {
+                    let (instead, found) = self.load_another(id, epoch, pixels, &error)?;
+                    *label = found;
+                    let fault = with_causes(&error);
+                    batch.skipped.push(Skipped { place, sample: id, instead, fault });
+                    instead
+                }
+                Err(error) => return Err(error),
+            };
+            if let Some((area, key)) = self.transform.erased(epoch, taken) {
                 batch.erasures.push(Erasure { image: place, area, key });
             }
         }
         Ok(())
+    }
+
+    /// Whether this is damage, and damage is to be skipped. A shard that cannot be read at all, or an
+    /// image that does not suit the transform, is a matter for the operator.
+    fn skips(&self, error: &LoadError) -> bool {
+        match (self.on_corrupt, error) {
+            (OnCorruptSample::Fail, _) => false,
+            (OnCorruptSample::SkipAndLog, LoadError::Read(read)) => match read {
+                ReadError::Checksum { .. } => true,
+                ReadError::NoSample { .. } | ReadError::Source { .. } => false,
+            },
+            (OnCorruptSample::SkipAndLog, LoadError::Decode { .. }) => true,
+            (
+                OnCorruptSample::SkipAndLog,
+                LoadError::Transform { .. } | LoadError::NothingWhole { .. },
+            ) => false,
+        }
+    }
+
+    /// The next whole sample after `id`, and its label.
+    fn load_another(
+        &mut self,
+        id: u64,
+        epoch: Epoch,
+        pixels: &mut [u8],
+        first: &LoadError,
+    ) -> Result<(u64, i64), LoadError> {
+        let samples = self.dataset.len();
+        for further in 1..=SKIPPED_IN_A_ROW_MAX.min(samples - 1) {
+            let other = (id + further) % samples;
+            match self.load_sample(other, epoch, pixels) {
+                Ok(label) => return Ok((other, label)),
+                Err(error) if self.skips(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(LoadError::NothingWhole { sample: id, fault: with_causes(first) })
     }
 
     fn load_sample(&mut self, id: u64, epoch: Epoch, pixels: &mut [u8]) -> Result<i64, LoadError> {

@@ -267,12 +267,8 @@ fn normalisation_is_torchvisions() {
         let picture = reference.picture(&key.replace("norm/", "img/"));
         // The table is per pixel, so a picture of any shape is checked as a row of 1 × 1 images.
         let pixels = picture.width * picture.height;
-        let batch = Batch {
-            images: picture.pixels,
-            labels: vec![0; pixels],
-            size: 1,
-            erasures: Vec::new(),
-        };
+        let batch =
+            Batch { images: picture.pixels, labels: vec![0; pixels], size: 1, ..Batch::new() };
         let mut normalized = Vec::new();
         normalize.nchw(&batch, &mut normalized);
         let (_, expected) = reference.tensor(key);
@@ -297,7 +293,7 @@ fn the_evaluation_transform_is_the_references() {
         let mut images = vec![0; size * size * 3];
         transform.apply(source.view(), Epoch(0), 0, &mut scratch, &mut images).unwrap();
         assert!(images == reference.tensor(&case.key).1, "{}", case.key);
-        let batch = Batch { images, labels: vec![0], size, erasures: Vec::new() };
+        let batch = Batch { images, labels: vec![0], size, ..Batch::new() };
         let mut normalized = Vec::new();
         transform.normalize().nchw(&batch, &mut normalized);
         assert_eq!(normalized[..case.normalised.first.len()], case.normalised.first);
