@@ -1,11 +1,15 @@
 //! How fast one core prepares training images: `bench_data DIR [--recipe crop|full] [--passes N]`.
 //!
+//! With `--interactive on` it first says how many images there are, and then answers each line, the
+//! number of a pass, with the CPU seconds of that pass: `cargo xtask bench data` alternates so between
+//! programs.
+//!
 //! Takes the JPEG files of a folder through decoding, random resized crop to 224 × 224, flip, with
 //! `full` also RandAugment and random erasing, and normalisation to f32. Prints one JSON object: the
 //! CPU seconds of each pass over all files, those of the stages, and what they come to.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark speaks to its caller")]
 
-use std::{env, error::Error, fs, path::PathBuf, process::ExitCode};
+use std::{env, error::Error, fs, io, path::PathBuf, process::ExitCode};
 
 use cluster::Epoch;
 use rustix::time::{ClockId, clock_gettime};
@@ -19,6 +23,7 @@ struct Arguments {
     folder: PathBuf,
     full: bool,
     passes: u64,
+    interactive: bool,
 }
 
 fn main() -> ExitCode {
@@ -35,12 +40,13 @@ fn main() -> ExitCode {
 fn arguments() -> Result<Arguments, Box<dyn Error>> {
     let mut words = env::args().skip(1);
     let folder = words.next().ok_or("give the folder of the images")?.into();
-    let mut arguments = Arguments { folder, full: false, passes: 1 };
+    let mut arguments = Arguments { folder, full: false, passes: 1, interactive: false };
     while let Some(option) = words.next() {
         let value = words.next().ok_or_else(|| format!("{option} wants a value"))?;
         match (option.as_str(), value.as_str()) {
             ("--recipe", "crop") => arguments.full = false,
             ("--recipe", "full") => arguments.full = true,
+            ("--interactive", "on") => arguments.interactive = true,
             ("--passes", passes) => arguments.passes = passes.parse()?,
             _ => return Err(format!("{option} {value} is not understood").into()),
         }
@@ -51,7 +57,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut paths: Vec<PathBuf> = fs::read_dir(&arguments.folder)?
         .map(|entry| Ok(entry?.path()))
-        .collect::<Result<_, std::io::Error>>()?;
+        .collect::<Result<_, io::Error>>()?;
     paths.retain(|path| path.extension().is_some_and(|end| end == "jpg" || end == "JPEG"));
     paths.sort();
     let files: Vec<Vec<u8>> = paths.iter().map(fs::read).collect::<Result<_, _>>()?;
@@ -68,6 +74,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         Augment::default()
     };
     let mut worker = Worker::new(&augment)?;
+    if arguments.interactive {
+        return answer(&mut worker, &files);
+    }
     worker.pass(&files, 0)?; // Grows the buffers.
     let mut seconds = Vec::new();
     worker.stages = [0.0; 3];
@@ -90,6 +99,17 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         images / median,
         bytes as f64 / median / 1e6,
     );
+    Ok(())
+}
+
+fn answer(worker: &mut Worker, files: &[Vec<u8>]) -> Result<(), Box<dyn Error>> {
+    println!("{}", files.len());
+    for line in io::stdin().lines() {
+        let pass = line?.trim().parse()?;
+        let start = cpu_seconds();
+        worker.pass(files, pass)?;
+        println!("{}", cpu_seconds() - start);
+    }
     Ok(())
 }
 
