@@ -39,6 +39,9 @@ pub struct Provenance {
     pub policy: Policy,
     /// How many images were not JPEG and were encoded anew under that policy.
     pub converted: u64,
+    /// How many images have four channels, CMYK or YCCK. They are kept, and converted when decoded.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cmyk: u64,
     /// Corrupt source files that were left out on request.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<String>,
@@ -103,6 +106,10 @@ pub enum ManifestError {
         /// What is wrong.
         problem: String,
     },
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Manifest {
@@ -193,6 +200,7 @@ mod tests {
                 seed: 1,
                 policy: Policy::KeepJpegConvertPngQuality100,
                 converted: 0,
+                cmyk: 0,
                 skipped: Vec::new(),
                 attribution: None,
                 licence: None,

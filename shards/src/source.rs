@@ -239,6 +239,14 @@ impl Store {
         self.put(name, bytes, PutMode::Create)
     }
 
+    /// Removes a file. One that is not there is no error.
+    pub(crate) fn remove(&self, name: &str) -> Result<(), SourceError> {
+        match block_on(self.objects.delete(&Path::from(name))) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(SourceError::Write { file: self.display(name), source }),
+        }
+    }
+
     fn put(&self, name: &str, bytes: Vec<u8>, mode: PutMode) -> Result<(), SourceError> {
         let options = PutOptions { mode, ..PutOptions::default() };
         let path = Path::from(name);
