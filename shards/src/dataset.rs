@@ -264,6 +264,12 @@ impl Dataset {
         format!("sample {sample} (shard {file}, key {key}, offset {})", record.offset)
     }
 
+    /// The sample's key in its archive; "unreadable" if that is damaged.
+    pub(crate) fn key_of(&self, sample: u64) -> String {
+        self.locate(sample)
+            .map_or_else(String::new, |(shard, record)| self.key(shard, record.offset))
+    }
+
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }

@@ -20,6 +20,7 @@
 //! and sample give the same bytes whoever asks. No sample leaves [`Dataset::read`] with a wrong
 //! checksum. A parser given damaged bytes returns an error that names the place; it never panics.
 
+mod adopt;
 mod augment;
 mod batch;
 mod dataset;
@@ -40,10 +41,13 @@ pub mod rand_augment;
 pub mod resize;
 mod simd;
 mod source;
+pub mod stats;
 mod transform;
+pub mod unpack;
 pub mod verify;
 mod warp;
 
+pub use adopt::index_tars;
 pub use augment::{Augment, Crop, InvalidAugment};
 pub use batch::{Batch, Normalize, Skipped};
 pub use dataset::{Dataset, OpenError, ReadError, Sample};
@@ -56,5 +60,7 @@ pub use pack::{PackError, PackOptions, pack};
 pub use plan::{BatchPlan, Order, PlanError, Shuffle, evaluation};
 pub use rand_augment::RandAugment;
 pub use source::SourceError;
+pub use stats::{Stats, stats};
 pub use transform::{Scratch, Transform, TransformError};
+pub use unpack::{UnpackError, unpack};
 pub use verify::{VerifyError, verify};

@@ -60,6 +60,8 @@ pub enum Policy {
     /// JPEG files are kept byte for byte. PNG files become JPEG of quality 100 without chroma
     /// subsampling (4:4:4; grey stays grey), which is close to the source but not lossless.
     KeepJpegConvertPngQuality100,
+    /// The archives are somebody else's and were indexed where they lie.
+    KeepTars,
 }
 
 /// The files of one shard, `NAME.tar` and `NAME.idx`.
@@ -108,6 +110,12 @@ pub enum ManifestError {
     },
 }
 
+/// Whether a file name stays in its folder and is visible there.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
+    !name.is_empty() && name.len() <= 200 && !name.starts_with('.') && name.bytes().all(plain)
+}
+
 fn is_zero(count: &u64) -> bool {
     *count == 0
 }
@@ -154,8 +162,15 @@ impl Manifest {
         for (number, shard) in self.shards.iter().enumerate() {
             let field = |name| format!("shards[{number}].{name}");
             let name = format::shard_name(&self.split, number);
-            if shard.name != name {
-                return wrong(field("name"), format!("is {:?}, expected {name:?}", shard.name));
+            match self.provenance.policy {
+                Policy::KeepJpegConvertPngQuality100 if shard.name != name => {
+                    return wrong(field("name"), format!("is {:?}, expected {name:?}", shard.name));
+                }
+                Policy::KeepTars if !is_plain_name(&shard.name) => {
+                    let problem = format!("is {:?}, which is no plain file name", shard.name);
+                    return wrong(field("name"), problem);
+                }
+                Policy::KeepJpegConvertPngQuality100 | Policy::KeepTars => {}
             }
             if shard.first != first {
                 return wrong(field("first"), format!("is {}, expected {first}", shard.first));

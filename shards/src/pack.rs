@@ -24,8 +24,8 @@ mod resume;
 pub(crate) mod scan;
 
 pub use image::CorruptImage;
-pub(crate) use image::flags_of;
-use image::{Checker, Image};
+use image::Image;
+pub(crate) use image::{Checker, flags_of};
 use resume::Journal;
 use scan::{Listing, SourceFile};
 
@@ -137,6 +137,15 @@ pub enum PackError {
         /// The largest class index.
         label: u32,
     },
+    /// An image that cannot be used as it is, where nothing may be changed.
+    #[error("{} is not a JPEG: tars can be indexed where they lie only if all images are; pack them", .path.display())]
+    NotJpeg {
+        /// The tar and its member.
+        path: PathBuf,
+    },
+    /// A tar whose name cannot be written in a manifest.
+    #[error("{}: the name of a tar has letters, digits, '-', '_' and '.': rename it", .0.display())]
+    TarName(PathBuf),
     /// A folder or file of the source cannot be read.
     #[error("{} cannot be read", .path.display())]
     Read {

@@ -38,22 +38,22 @@ pub enum CorruptImage {
 
 /// An image as it goes into a shard.
 #[derive(Debug)]
-pub(super) struct Image {
-    pub(super) jpeg: Vec<u8>,
-    pub(super) length: u32,
-    pub(super) width: u16,
-    pub(super) height: u16,
-    pub(super) flags: Flags,
+pub(crate) struct Image {
+    pub(crate) jpeg: Vec<u8>,
+    pub(crate) length: u32,
+    pub(crate) width: u16,
+    pub(crate) height: u16,
+    pub(crate) flags: Flags,
 }
 
 /// Checks source files by decoding them.
 #[derive(Debug, Default)]
-pub(super) struct Checker {
+pub(crate) struct Checker {
     pixels: Vec<u8>,
 }
 
 impl Checker {
-    pub(super) fn check(&mut self, contents: Vec<u8>) -> Result<Image, CorruptImage> {
+    pub(crate) fn check(&mut self, contents: Vec<u8>) -> Result<Image, CorruptImage> {
         if contents.starts_with(b"\xFF\xD8") {
             self.check_jpeg(contents, Flags::default())
         } else if contents.starts_with(b"\x89PNG") {

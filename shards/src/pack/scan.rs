@@ -29,11 +29,11 @@ const CLASSES_FILE: &str = "classes.txt";
 
 /// One image of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct SourceFile {
+pub(crate) struct SourceFile {
     /// Its path inside the source.
-    pub(super) name: String,
-    pub(super) label: u32,
-    pub(super) length: u64,
+    pub(crate) name: String,
+    pub(crate) label: u32,
+    pub(crate) length: u64,
     /// The file that has its bytes.
     file: PathBuf,
     /// Where in that file they begin.
@@ -42,11 +42,21 @@ pub(super) struct SourceFile {
 
 impl SourceFile {
     /// The path that a message names: for a member of a tar, as if the tar were a folder.
-    pub(super) fn path(&self, source: &Path) -> PathBuf {
+    pub(crate) fn path(&self, source: &Path) -> PathBuf {
         source.join(&self.name)
     }
 
-    pub(super) fn read(&self) -> Result<Vec<u8>, PackError> {
+    /// The file that has its bytes.
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Where in that file they begin.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    pub(crate) fn read(&self) -> Result<Vec<u8>, PackError> {
         let unread = |source| PackError::Read { path: self.file.clone(), source };
         let length =
             usize::try_from(self.length).map_err(|_| unread(io::ErrorKind::FileTooLarge.into()))?;
@@ -59,18 +69,31 @@ impl SourceFile {
 
 /// Class names and images, in an order that depends on the source alone.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Listing {
-    pub(super) classes: Vec<String>,
-    pub(super) files: Vec<SourceFile>,
+pub(crate) struct Listing {
+    pub(crate) classes: Vec<String>,
+    pub(crate) files: Vec<SourceFile>,
 }
 
-pub(super) fn scan(source: &Path) -> Result<Listing, PackError> {
+pub(crate) fn scan(source: &Path) -> Result<Listing, PackError> {
     if source.is_file() {
         return scan_tars(source, &[source.to_owned()]);
     }
-    let is_tar = |path: &PathBuf| path.is_file() && has_extension(path, "tar");
-    let tars: Vec<PathBuf> = sorted_entries(source)?.into_iter().filter(is_tar).collect();
+    let tars = tars_in(source)?;
     if tars.is_empty() { scan_folder(source) } else { scan_tars(source, &tars) }
+}
+
+/// The tars of a folder, all of which have to be of WebDataset's kind.
+pub(crate) fn scan_webdataset(folder: &Path) -> Result<Listing, PackError> {
+    let listing = webdataset(folder, &list_tars(folder, &tars_in(folder)?)?)?;
+    if listing.files.is_empty() {
+        return Err(PackError::NoClasses(folder.to_owned()));
+    }
+    Ok(listing)
+}
+
+fn tars_in(folder: &Path) -> Result<Vec<PathBuf>, PackError> {
+    let is_tar = |path: &PathBuf| path.is_file() && has_extension(path, "tar");
+    Ok(sorted_entries(folder)?.into_iter().filter(is_tar).collect())
 }
 
 /// An image folder.
@@ -139,15 +162,15 @@ fn is_image(path: &Path) -> bool {
 
 /// A plain file in a tar.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct TarFile {
-    pub(crate) name: PathBuf,
+struct TarFile {
+    name: PathBuf,
     /// Of its first byte in the outermost file.
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
+    offset: u64,
+    length: u64,
 }
 
 /// The plain files of a tar, in its order, found by its headers alone.
-pub(crate) fn list_tar(tar: &Path) -> io::Result<Vec<TarFile>> {
+fn list_tar(tar: &Path) -> io::Result<Vec<TarFile>> {
     let length = fs::metadata(tar)?.len();
     list_section(tar, 0, length)
 }
@@ -227,13 +250,18 @@ impl Tar {
     }
 }
 
-fn scan_tars(source: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
+fn list_tars(source: &Path, paths: &[PathBuf]) -> Result<Vec<Tar>, PackError> {
     let mut tars = Vec::with_capacity(paths.len());
     for path in paths {
         let files = list_tar(path).map_err(Tar::unreadable(path))?;
         let name = path.strip_prefix(source).unwrap_or(path).display().to_string();
         tars.push(Tar { path: path.clone(), name, files });
     }
+    Ok(tars)
+}
+
+fn scan_tars(source: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
+    let tars = list_tars(source, paths)?;
     let any = |holds: &dyn Fn(&Path) -> bool| {
         tars.iter().flat_map(|tar| &tar.files).any(|file| holds(&file.name))
     };
@@ -284,12 +312,12 @@ fn webdataset(source: &Path, tars: &[Tar]) -> Result<Listing, PackError> {
 }
 
 /// The class indices of a WebDataset tar by key.
-pub(crate) fn labels_of(tar: &Path, files: &[TarFile]) -> Result<BTreeMap<String, u32>, PackError> {
-    let unread = Tar::unreadable(tar);
-    let file = File::open(tar).map_err(&unread)?;
+fn read_labels(tar: &Tar) -> Result<BTreeMap<String, u32>, PackError> {
+    let unread = Tar::unreadable(&tar.path);
+    let file = File::open(&tar.path).map_err(&unread)?;
     let mut labels = BTreeMap::new();
-    for member in files.iter().filter(|member| has_extension(&member.name, format::CLASS)) {
-        let wrong = || PackError::Label { member: tar.join(&member.name) };
+    for member in tar.files.iter().filter(|member| has_extension(&member.name, format::CLASS)) {
+        let wrong = || PackError::Label { member: tar.path.join(&member.name) };
         // A class index is a few digits; anything longer is something else.
         let length = usize::try_from(member.length).ok().filter(|&length| length <= 32);
         let mut digits = vec![0; length.ok_or_else(wrong)?];
@@ -300,12 +328,8 @@ pub(crate) fn labels_of(tar: &Path, files: &[TarFile]) -> Result<BTreeMap<String
     Ok(labels)
 }
 
-fn read_labels(tar: &Tar) -> Result<BTreeMap<String, u32>, PackError> {
-    labels_of(&tar.path, &tar.files)
-}
-
 /// A WebDataset key: the path up to the first dot of its last part.
-pub(crate) fn key_of(name: &Path) -> String {
+fn key_of(name: &Path) -> String {
     let file = name.file_name().unwrap_or_default().to_string_lossy();
     let stem = file.split_once('.').map_or(file.as_ref(), |(stem, _)| stem);
     name.with_file_name(stem).display().to_string()
