@@ -1,13 +1,13 @@
 //! The data: images packed into shards, and the way from a shard to a batch. No torch.
 //!
 //! ```text
-//!  image folder --pack--> DIR/train.json  train-000000.tar  train-000000.idx  ...  <--verify
+//!  image folder, tars --pack--> DIR/train.json  train-000000.tar  train-000000.idx  ...  <--verify
 //!                              |
 //!  plan: (seed, epoch, step, virtual rank) -> sample ids
 //!                              |
 //!  Dataset::read  ->  decode  ->  augment  ->  Batch, u8 [B, S, S, 3]  ->  Normalize, f32 [B, 3, S, S]
-//!  (checked range     (JPEG to    (keyed by (seed, epoch, sample id),
-//!   of one shard)      RGB8)       never by worker or rank)
+//!  (checked range     (the part   (keyed by (seed, epoch, sample id),      (erasing; then Mixing,
+//!   of one shard)      it needs)    never by worker or rank)                 keyed by step and rank)
 //! ```
 //!
 //! A *sample id* is the sample's place in the packed order, `0..Dataset::len()`. It is a plain `u64`

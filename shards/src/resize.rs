@@ -115,10 +115,13 @@ impl Between {
     /// Unused bytes after each row and after the last: what a vector may touch beyond them.
     pub(crate) const SLACK: usize = 32;
 
+    /// Rows that are made together; there is room for whole groups.
+    pub(crate) const GROUP: usize = 4;
+
     fn prepare(&mut self, width: usize, rows: usize) {
         self.stride = (width * CHANNELS).next_multiple_of(Self::SLACK) + Self::SLACK;
         self.rows = rows;
-        let bytes = self.stride * rows;
+        let bytes = self.stride * rows.next_multiple_of(Self::GROUP);
         if self.pixels.len() < bytes {
             self.pixels.resize(bytes, 0);
         }

@@ -43,7 +43,7 @@ mod avx2 {
     };
 
     /// Rows that share the loading of a weight.
-    const GROUP: usize = 4;
+    const GROUP: usize = Between::GROUP;
 
     /// Pixels that are multiplied at once, and so the multiple that weights are filled to.
     const QUAD: usize = 4;
@@ -82,12 +82,11 @@ mod avx2 {
         for (rows_out, y) in groups {
             let rows: [&[u8]; GROUP] =
                 std::array::from_fn(|row| source.rows_on((y + row).min(height - 1)));
-            let count = GROUP.min(height - y);
-            assert!(rows_out.len() >= count * *stride, "room for the group");
+            assert!(rows_out.len() == GROUP * *stride, "room for the group");
             if rows.iter().all(|row| row.len() >= reach) {
                 // SAFETY: AVX2 is there; each row has `reach` bytes, the weights are whole quads, and
                 // the group's output rows have one byte more than their pixels take.
-                unsafe { group_of_rows(rows, taps, rows_out, *stride, count) };
+                unsafe { group_of_rows(rows, taps, rows_out, *stride) };
                 continue;
             }
             // The last rows of an image may end before a vector does: give them a longer end.
@@ -98,22 +97,16 @@ mod avx2 {
             }
             let rows = std::array::from_fn(|row| &tails[row * reach..][..reach]);
             // SAFETY: as above; each row now has `reach` bytes.
-            unsafe { group_of_rows(rows, taps, rows_out, *stride, count) };
+            unsafe { group_of_rows(rows, taps, rows_out, *stride) };
         }
     }
 
     /// # Safety
     /// The processor has AVX2. Each of `rows` reaches 16 bytes beyond the first pixel of every quad of
-    /// `taps`, whose weights are whole quads. `target` has `count` rows of `stride` bytes, each longer
+    /// `taps`, whose weights are whole quads. `target` has as many rows of `stride` bytes, each longer
     /// than its pixels.
     #[target_feature(enable = "avx2")]
-    unsafe fn group_of_rows(
-        rows: [&[u8]; GROUP],
-        taps: &Taps,
-        target: &mut [u8],
-        stride: usize,
-        count: usize,
-    ) {
+    unsafe fn group_of_rows(rows: [&[u8]; GROUP], taps: &Taps, target: &mut [u8], stride: usize) {
         // Of four pixels, the first two go to the lower half and the others to the upper one, and there
         // a channel of one stands beside that of the next, each as 16 bits.
         let pairs = _mm256_setr_epi8(
@@ -151,7 +144,7 @@ mod avx2 {
                 low = low.wrapping_add(QUAD);
                 offset = offset.wrapping_add(QUAD * CHANNELS);
             }
-            for row in 0..count {
+            for row in 0..GROUP {
                 let high = _mm256_slli_epi32::<LOW_SHIFT>(sums_high[row]);
                 let sum = _mm256_add_epi32(high, sums_low[row]);
                 let upper = _mm256_extracti128_si256::<1>(sum);

@@ -14,7 +14,9 @@ use cluster::Epoch;
 use shards::{
     Augment, Batch, Dataset, Loader, Manifest, PackError, PackOptions, Transform, index_tars,
     jpeg::{self, Pixels},
-    pack, stats, unpack, verify,
+    pack,
+    pack::PackProgress,
+    stats, unpack, verify,
 };
 use tempfile::TempDir;
 
@@ -273,7 +275,7 @@ fn many() -> Place {
 
 /// Packs, and is killed after so many files.
 fn pack_and_die(place: &Place, out: &str, files: u64) {
-    let mut progress = |progress: shards::pack::PackProgress| {
+    let mut progress = |progress: PackProgress| {
         assert!(progress.files < files, "killed");
     };
     let dying = AssertUnwindSafe(|| pack(&place.source(), out, &train(), &mut progress));

@@ -18,6 +18,7 @@ mod process;
 mod setup;
 mod test;
 mod tidy;
+mod webdataset;
 mod workspace;
 
 use workspace::Workspace;
@@ -44,6 +45,8 @@ enum Task {
     Ci,
     /// Check what no lint can: layout, sizes, dependency arrows, links.
     Tidy,
+    /// Read the built-in shards with the Python library webdataset.
+    Webdataset(webdataset::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -69,6 +72,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Lint => lint::run(&workspace),
         Task::Ci => ci::run(&workspace),
         Task::Tidy => tidy::run(&workspace),
+        Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }

@@ -33,6 +33,10 @@ pub(crate) struct Options {
     /// A Python that has the peer's packages; one is set up in the cache if not given.
     #[arg(long, value_name = "PROGRAM")]
     python: Option<PathBuf>,
+    /// Count the instructions an image takes too (recipe `crop`), with valgrind's callgrind: unlike
+    /// times they are the same on a busy machine.
+    #[arg(long)]
+    instructions: bool,
     /// One JSON object and nothing else.
     #[arg(long)]
     json: bool,
@@ -69,8 +73,49 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     };
     let crop = compare(workspace, &images, "crop", python.as_deref(), options.passes)?;
     let full = compare(workspace, &images, "full", python.as_deref(), options.passes)?;
-    println!("{}", if options.json { json(crop, full) } else { table(crop, full) });
+    let instructions =
+        options.instructions.then(|| instructions(workspace, &images)).transpose()?;
+    if options.json {
+        println!("{}", json(crop, full, instructions));
+    } else {
+        println!("{}", table(crop, full));
+        if let Some(count) = instructions {
+            println!("instructions an image: {:.2} million", count / 1e6);
+        }
+    }
     Ok(())
+}
+
+/// What two more passes take, so that starting and reading the files do not count.
+fn instructions(workspace: &Workspace, images: &Path) -> Result<f64> {
+    let report = workspace.target.join("callgrind.out");
+    let run = |passes: &str| {
+        let mut valgrind = workspace.command("valgrind");
+        valgrind.arg("--tool=callgrind").arg(joined("--callgrind-out-file=", &report));
+        valgrind.arg(workspace.target.join("release/examples/bench_data"));
+        valgrind.arg(images).args(["--passes", passes]);
+        valgrind.stderr(Stdio::null());
+        let output = valgrind.output().context("cannot start valgrind: install it")?;
+        ensure!(output.status.success(), "valgrind failed ({})", output.status);
+        let text = std::fs::read_to_string(&report)?;
+        let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let images = said["images"].as_f64().context("the program says how many images")?;
+        Ok::<_, anyhow::Error>((total(&text).context("callgrind's file has a total")?, images))
+    };
+    let ((one, images), (three, _)) = (run("1")?, run("3")?);
+    Ok((three - one) / (2.0 * images))
+}
+
+fn joined(option: &str, path: &Path) -> std::ffi::OsString {
+    let mut joined = std::ffi::OsString::from(option);
+    joined.push(path);
+    joined
+}
+
+/// The sum of instructions in a file of callgrind's.
+fn total(report: &str) -> Option<f64> {
+    let line = |name| report.lines().find_map(|line| line.strip_prefix(name));
+    line("totals:").or_else(|| line("summary:"))?.trim().parse().ok()
 }
 
 /// An environment with the peer's packages, made once.
@@ -173,7 +218,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     values.get(values.len() / 2).copied()
 }
 
-fn json(crop: Speeds, full: Speeds) -> String {
+fn json(crop: Speeds, full: Speeds, instructions: Option<f64>) -> String {
     serde_json::json!({
         "ratio_crop": crop.ratio(),
         "ratio_full": full.ratio(),
@@ -181,6 +226,7 @@ fn json(crop: Speeds, full: Speeds) -> String {
         "peer_img_per_core_s": full.peer,
         "ours_crop_img_per_core_s": crop.ours,
         "peer_crop_img_per_core_s": crop.peer,
+        "instructions_per_image": instructions,
     })
     .to_string()
 }
@@ -210,7 +256,7 @@ mod tests {
     #[test]
     fn the_figures_have_the_names_that_scripts_read() {
         let full = Speeds { ours: 800.0, peer: Some(200.0) };
-        let object: serde_json::Value = serde_json::from_str(&json(CROP, full)).unwrap();
+        let object: serde_json::Value = serde_json::from_str(&json(CROP, full, None)).unwrap();
         assert_eq!(object["ratio_crop"], 3.0);
         assert_eq!(object["ratio_full"], 4.0);
         assert_eq!(object["ours_img_per_core_s"], 800.0);
@@ -220,9 +266,17 @@ mod tests {
     #[test]
     fn without_a_peer_there_is_no_ratio() {
         let alone = Speeds { peer: None, ..CROP };
-        let object: serde_json::Value = serde_json::from_str(&json(alone, alone)).unwrap();
+        let object: serde_json::Value =
+            serde_json::from_str(&json(alone, alone, Some(1.0))).unwrap();
         assert!(object["ratio_crop"].is_null());
+        assert_eq!(object["instructions_per_image"], 1.0);
         assert!(table(alone, CROP).contains("900       -       -"), "{}", table(alone, CROP));
+    }
+
+    #[test]
+    fn callgrinds_total_is_found() {
+        assert_eq!(total("events: Ir\nsummary: 12\n\ntotals: 1234\n"), Some(1234.0));
+        assert_eq!(total("events: Ir\n"), None);
     }
 
     #[test]
