@@ -1,7 +1,7 @@
 //! The image operations of RandAugment and of the colour jitter, to the bit as Pillow 9.5 does them.
 //!
 //! One function an operation, on `[height, width, 3]` bytes in place. Those that move pixels are in
-//! [`crate::warp`].
+//! `warp.rs`.
 
 use crate::{
     image::{CHANNELS, View},

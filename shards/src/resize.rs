@@ -3,7 +3,7 @@
 //! Kernel a = -0.5, widened when shrinking (antialiased); weights in fixed point with 22 bits; the
 //! horizontal pass first, eight bits between the passes; an axis whose size does not change is left
 //! alone. The sums are integers, so any order of summation gives the same bytes: what this file
-//! defines one pixel at a time, [`crate::simd`] computes sixteen bytes at a time where it can.
+//! defines one pixel at a time, `simd.rs` computes sixteen bytes at a time where it can.
 
 use std::ops::Range;
 
@@ -91,7 +91,7 @@ pub struct Resizer {
     vertical: Taps,
     between: Between,
     sums: Vec<i32>,
-    /// Whether the processor has what [`crate::simd`] needs.
+    /// Whether the processor has what `simd.rs` needs.
     vectors: bool,
 }
 
