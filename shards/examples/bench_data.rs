@@ -12,7 +12,7 @@
 use std::{env, error::Error, fs, io, path::PathBuf, process::ExitCode};
 
 use cluster::Epoch;
-use rustix::time::{ClockId, clock_gettime};
+use nix::time::{ClockId, clock_gettime};
 use shards::{
     Augment, Batch, Erase, Erasure, RandAugment, Scratch, Transform, decode::Decoder, jpeg::Opened,
 };
@@ -174,6 +174,6 @@ impl Worker {
 
 /// CPU time of this thread so far.
 fn cpu_seconds() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("Linux has this clock");
+    time.tv_sec() as f64 + time.tv_nsec() as f64 * 1e-9
 }

@@ -4,7 +4,7 @@
 
 use std::{env, error::Error};
 
-use rustix::time::{ClockId, clock_gettime};
+use nix::time::{ClockId, clock_gettime};
 use shards::rand_augment::KINDS;
 
 const SIDE: usize = 224;
@@ -39,6 +39,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// CPU time of this thread so far.
 fn cpu_seconds() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("Linux has this clock");
+    time.tv_sec() as f64 + time.tv_nsec() as f64 * 1e-9
 }
