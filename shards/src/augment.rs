@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use crate::image::Rect;
+use crate::{erase::Erase, image::Rect, rand_augment::RandAugment};
 
 /// Which part of a training image is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -39,6 +39,13 @@ pub struct Augment {
     pub padding: u32,
     /// Probability that a training image is mirrored left to right.
     pub flip_probability: f64,
+    /// Operations after the flip, as timm writes them: `"rand-m9-mstd0.5-inc1"`. Off if not given.
+    pub rand_augment: Option<RandAugment>,
+    /// Strength of the brightness, contrast and saturation jitter after the flip; 0 is off. As in
+    /// timm it is ignored where `rand_augment` is given.
+    pub color_jitter: f64,
+    /// The box that noise replaces in the normalised image. Off if not given.
+    pub erase: Option<Erase>,
     /// Share of the resized image's short side that the evaluation crop takes.
     pub crop_pct: f64,
     /// Mean of red, green and blue that is subtracted, on the scale 0 to 1.
@@ -55,6 +62,9 @@ impl Default for Augment {
             ratio: [3.0 / 4.0, 4.0 / 3.0],
             padding: 4,
             flip_probability: 0.5,
+            rand_augment: None,
+            color_jitter: 0.0,
+            erase: None,
             crop_pct: 224.0 / 256.0,
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
@@ -77,11 +87,19 @@ impl Augment {
     /// [`InvalidAugment`] lists every field whose value is out of range.
     pub fn check(&self) -> Result<(), InvalidAugment> {
         let ordered = |[low, high]: [f64; 2]| 0.0 < low && low <= high && high.is_finite();
+        let erase = self.erase.unwrap_or_default();
         let checks = [
             (ordered(self.scale) && self.scale[1] <= 1.0, "`scale` must be 0 < low <= high <= 1"),
             (ordered(self.ratio), "`ratio` must be 0 < low <= high"),
             (self.padding <= 1 << 16, "`padding` must be at most 65536"),
             ((0.0..=1.0).contains(&self.flip_probability), "`flip_probability` must be 0 to 1"),
+            ((0.0..=100.0).contains(&self.color_jitter), "`color_jitter` must be 0 (off) to 100"),
+            ((0.0..=1.0).contains(&erase.probability), "`erase.probability` must be 0 to 1"),
+            (
+                ordered(erase.area) && erase.area[1] <= 1.0,
+                "`erase.area` must be 0 < low <= high <= 1",
+            ),
+            (ordered(erase.ratio), "`erase.ratio` must be 0 < low <= high"),
             (0.0 < self.crop_pct && self.crop_pct <= 1.0, "`crop_pct` must be 0 < value <= 1"),
             (self.mean.iter().all(|mean| mean.is_finite()), "`mean` must be three numbers"),
             (self.std.iter().all(|std| *std > 0.0 && std.is_finite()), "`std` must be above 0"),
@@ -146,7 +164,7 @@ impl Augment {
     clippy::cast_sign_loss,
     reason = "lengths in pixels: not negative and far below the type's limit"
 )]
-fn round_to_size(length: f64) -> usize {
+pub(crate) fn round_to_size(length: f64) -> usize {
     length.round_ties_even() as usize
 }
 
@@ -157,6 +175,10 @@ pub(crate) enum Decision {
     Crop,
     /// Whether it is mirrored.
     Flip,
+    /// Which operations of RandAugment or of the colour jitter it gets, and how strongly.
+    Operations,
+    /// Which box of it is erased, and by what noise.
+    Erase,
 }
 
 impl Decision {
@@ -165,6 +187,8 @@ impl Decision {
         u64::from_le_bytes(match self {
             Self::Crop => *b"pix.crop",
             Self::Flip => *b"pix.flip",
+            Self::Operations => *b"pix.oper",
+            Self::Erase => *b"pix.eras",
         })
     }
 }
@@ -175,8 +199,11 @@ pub(crate) struct Draws(ChaCha8Rng);
 
 impl Draws {
     pub(crate) fn new(decision: Decision, seed: u64, epoch: Epoch, sample: u64) -> Self {
+        Self::keyed([decision.domain(), seed, epoch.0, sample])
+    }
+
+    pub(crate) fn keyed(words: [u64; 4]) -> Self {
         let mut key = [0; 32];
-        let words = [decision.domain(), seed, epoch.0, sample];
         for (bytes, word) in key.chunks_exact_mut(8).zip(words) {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
@@ -186,6 +213,42 @@ impl Draws {
     /// Uniform in `[0, 1)`, a multiple of 2^-53.
     pub(crate) fn unit(&mut self) -> f64 {
         (self.0.next_u64() >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
+    }
+
+    /// From the standard normal distribution (Box and Muller, 1958).
+    pub(crate) fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * libm::log(1.0 - self.unit())).sqrt();
+        radius * libm::cos(std::f64::consts::TAU * self.unit())
+    }
+
+    /// From the gamma distribution of this shape and scale 1 (Marsaglia and Tsang, 2000).
+    fn gamma(&mut self, shape: f64) -> f64 {
+        if shape < 1.0 {
+            let power = libm::pow(1.0 - self.unit(), 1.0 / shape);
+            return self.gamma(shape + 1.0) * power;
+        }
+        let d = shape - 1.0 / 3.0;
+        loop {
+            let x = self.normal();
+            let root = 1.0 + x / (9.0 * d).sqrt();
+            let v = root * root * root;
+            let bound = 0.5 * x * x + d - d * v + d * libm::log(v.max(f64::MIN_POSITIVE));
+            if root > 0.0 && libm::log(1.0 - self.unit()) < bound {
+                return d * v;
+            }
+        }
+    }
+
+    /// From the beta distribution with both parameters `shape`.
+    pub(crate) fn beta(&mut self, shape: f64) -> f64 {
+        let (one, other) = (self.gamma(shape), self.gamma(shape));
+        // Of a very small shape both can be too small to tell apart: then all the weight is on one.
+        if one + other > 0.0 { one / (one + other) } else { self.unit().round() }
+    }
+
+    /// 64 random bits.
+    pub(crate) fn word(&mut self) -> u64 {
+        self.0.next_u64()
     }
 
     /// A uniform integer of `0..=most`.

@@ -1,6 +1,6 @@
 //! A batch of images, and their normalisation.
 
-use crate::image::CHANNELS;
+use crate::{erase::Erasure, image::CHANNELS};
 
 /// Images and labels of one micro-batch. A slot to be filled again and again: it keeps its memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -11,6 +11,23 @@ pub struct Batch {
     pub labels: Vec<i64>,
     /// Side of the images in pixels.
     pub size: usize,
+    /// Boxes that noise replaces when the images are normalised.
+    pub erasures: Vec<Erasure>,
+    /// Samples that were asked for and are damaged; another image and label stand in their place.
+    pub skipped: Vec<Skipped>,
+}
+
+/// A damaged sample that was left out of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its place in the batch.
+    pub place: usize,
+    /// Its id.
+    pub sample: u64,
+    /// Id of the sample that stands there instead.
+    pub instead: u64,
+    /// What is wrong with it, with shard, key and offset: a line for the log.
+    pub fault: String,
 }
 
 impl Batch {
@@ -37,6 +54,9 @@ impl Batch {
         self.size = size;
         self.images.resize(count * size * size * CHANNELS, 0);
         self.labels.resize(count, 0);
+        self.skipped.clear();
+        self.erasures.clear();
+        self.erasures.reserve(count); // Each image loses at most one box.
     }
 }
 
@@ -59,8 +79,8 @@ impl Normalize {
         Self { table }
     }
 
-    /// The batch as the network takes it: `[B, 3, size, size]` (NCHW), f32. `planes` keeps its memory
-    /// between calls.
+    /// The batch as the network takes it: `[B, 3, size, size]` (NCHW), f32, its boxes erased. `planes`
+    /// keeps its memory between calls.
     pub fn nchw(&self, batch: &Batch, planes: &mut Vec<f32>) {
         planes.resize(batch.images.len(), 0.0);
         let pixels = batch.size * batch.size;
@@ -76,6 +96,10 @@ impl Normalize {
                     *result = table[usize::from(pixel[channel])];
                 }
             }
+        }
+        for erasure in &batch.erasures {
+            let image = &mut planes[erasure.image * pixels * CHANNELS..][..pixels * CHANNELS];
+            erasure.fill(image, batch.size);
         }
     }
 }
@@ -93,6 +117,8 @@ mod tests {
             ],
             labels: vec![4, 5],
             size: 2,
+            erasures: Vec::new(),
+            skipped: Vec::new(),
         };
         let mut planes = Vec::new();
         Normalize::new([0.0; 3], [1.0 / 255.0; 3]).nchw(&batch, &mut planes);

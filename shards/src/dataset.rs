@@ -7,7 +7,7 @@ use crate::{
     format,
     index::{Index, IndexError, Record},
     manifest::{Manifest, ManifestError, Shard},
-    source::{SourceError, Store},
+    source::{Opened, SourceError, Store},
 };
 
 /// A packed split, open for reading from any number of threads.
@@ -18,6 +18,7 @@ pub struct Dataset {
     store: Store,
     manifest: Manifest,
     indexes: Vec<Index>,
+    shards: Vec<Opened>,
 }
 
 /// One sample as it is stored.
@@ -180,7 +181,8 @@ impl Dataset {
         let indexes = (0..manifest.shards.len())
             .map(|shard| read_index(&store, &manifest, shard))
             .collect::<Result<_, _>>()?;
-        Ok(Self { store, manifest, indexes })
+        let shards = manifest.shards.iter().map(|shard| store.opened(&shard.tar())).collect();
+        Ok(Self { store, manifest, indexes, shards })
     }
 
     /// Number of samples, at least 1.
@@ -213,27 +215,43 @@ impl Dataset {
     /// # Errors
     /// [`ReadError`] names shard, key and offset.
     pub fn read(&self, sample: u64) -> Result<Sample, ReadError> {
+        let mut image = Vec::new();
+        let label = self.read_into(sample, &mut image)?;
+        Ok(Sample { image: image.into(), label })
+    }
+
+    /// Reads a sample's image into `image`, checks its bytes and returns its label. Allocates only to
+    /// make `image` as long as the longest image it has held.
+    ///
+    /// # Errors
+    /// [`ReadError`] names shard, key and offset. `image` then holds nothing of meaning.
+    pub fn read_into(&self, sample: u64, image: &mut Vec<u8>) -> Result<u32, ReadError> {
         let (shard, record) = self
             .locate(sample)
             .ok_or(ReadError::NoSample { sample, samples: self.manifest.samples })?;
-        let offset = record.offset;
-        let image = self
-            .store
-            .read_range(&self.shard_file(shard), offset..offset + u64::from(record.length))
-            .map_err(|source| ReadError::Source { sample, offset, source })?;
-        let found = crc32c::crc32c(&image);
+        let Record { offset, length, .. } = *record;
+        image.resize(length as usize, 0);
+        if self.shards[shard].read_at(offset, image).is_none() {
+            let bytes = self
+                .store
+                .read_range(&self.shard_file(shard), offset..offset + u64::from(length))
+                .map_err(|source| ReadError::Source { sample, offset, source })?;
+            image.clear();
+            image.extend_from_slice(&bytes);
+        }
+        let found = crc32c::crc32c(image);
         if found != record.crc32c {
             return Err(ReadError::Checksum {
                 shard: self.store.display(&self.shard_file(shard)),
                 sample,
                 key: self.key(shard, offset),
                 offset,
-                length: record.length,
+                length,
                 expected: record.crc32c,
                 found,
             });
         }
-        Ok(Sample { image, label: record.label })
+        Ok(record.label)
     }
 
     /// How messages name a sample: its shard, key and offset.
@@ -244,6 +262,12 @@ impl Dataset {
         let file = self.store.display(&self.shard_file(shard));
         let key = self.key(shard, record.offset);
         format!("sample {sample} (shard {file}, key {key}, offset {})", record.offset)
+    }
+
+    /// The sample's key in its archive; "unreadable" if that is damaged.
+    pub(crate) fn key_of(&self, sample: u64) -> String {
+        self.locate(sample)
+            .map_or_else(String::new, |(shard, record)| self.key(shard, record.offset))
     }
 
     pub(crate) fn store(&self) -> &Store {

@@ -1,8 +1,8 @@
 //! From the bytes of a JPEG to RGB pixels, as the reference pipeline sees them.
 
 use crate::{
-    image::View,
-    jpeg::{self, JpegError},
+    image::{Rect, View},
+    jpeg::{Header, JpegError, Opened},
 };
 
 /// Decodes JPEG images to RGB8, one at a time. Keeps its buffers between images.
@@ -26,15 +26,35 @@ impl Decoder {
     /// # Errors
     /// [`JpegError`] says what libjpeg-turbo finds wrong.
     pub fn decode(&mut self, bytes: &[u8]) -> Result<View<'_>, JpegError> {
-        let header = jpeg::decode(bytes, &mut self.stored)?;
-        let pixels = header.width * header.height;
-        if !header.cmyk {
-            return Ok(View::new(&self.stored[..pixels * 3], header.width, header.height));
-        }
-        self.converted.clear();
-        let (stored, _) = self.stored[..pixels * 4].as_chunks::<4>();
-        self.converted.extend(stored.iter().flat_map(|&pixel| cmyk_to_rgb(pixel)));
-        Ok(View::new(&self.converted, header.width, header.height))
+        let image = Opened::new(bytes)?;
+        let Header { width, height, .. } = image.header();
+        self.decode_part(image, Rect { left: 0, top: 0, width, height })
+    }
+
+    /// The pixels of a part of an image, `[part.height, part.width, 3]`, valid until the next call:
+    /// those that [`Self::decode`] has there, but little more than the part is decoded.
+    ///
+    /// # Errors
+    /// [`JpegError`] says what libjpeg-turbo finds wrong.
+    ///
+    /// # Panics
+    /// If `part` is empty or not inside the image.
+    pub fn decode_part(
+        &mut self,
+        mut image: Opened<'_>,
+        part: Rect,
+    ) -> Result<View<'_>, JpegError> {
+        let held = image.decode_part(part, &mut self.stored)?;
+        let pixels = held.width * held.height;
+        let view = if image.header().cmyk {
+            self.converted.clear();
+            let (stored, _) = self.stored[..pixels * 4].as_chunks::<4>();
+            self.converted.extend(stored.iter().flat_map(|&pixel| cmyk_to_rgb(pixel)));
+            View::new(&self.converted, held.width, held.height)
+        } else {
+            View::new(&self.stored[..pixels * 3], held.width, held.height)
+        };
+        Ok(view.crop(Rect { left: part.left - held.left, top: part.top - held.top, ..part }))
     }
 }
 

@@ -1,6 +1,10 @@
 //! SHA-256 digests as values.
 
-use std::fmt;
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read},
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest;
@@ -15,6 +19,20 @@ impl Sha256 {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(sha2::Sha256::digest(bytes).into())
+    }
+
+    /// The digest of what is left of a file.
+    pub(crate) fn of_file(mut file: File) -> io::Result<Self> {
+        const CHUNK: usize = 1 << 20;
+        let mut digest = sha2::Sha256::new();
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let read = file.read(&mut chunk)?;
+            if read == 0 {
+                return Ok(Self(digest.finalize().into()));
+            }
+            digest.update(&chunk[..read]);
+        }
     }
 }
 

@@ -124,7 +124,7 @@ fn checksum(block: &[u8; 512]) -> u32 {
     (0..).zip(block).map(|(at, &byte)| if field.contains(&at) { 32 } else { u32::from(byte) }).sum()
 }
 
-fn slice(bytes: &[u8], range: Range<u64>) -> Option<&[u8]> {
+pub(crate) fn slice(bytes: &[u8], range: Range<u64>) -> Option<&[u8]> {
     bytes.get(usize::try_from(range.start).ok()?..usize::try_from(range.end).ok()?)
 }
 

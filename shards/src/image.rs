@@ -72,9 +72,17 @@ impl<'a> View<'a> {
     /// # Panics
     /// If there is no such row.
     #[must_use]
+    #[inline]
     pub fn row(&self, y: usize) -> &'a [u8] {
         assert!(y < self.height, "row {y} of {}", self.height);
         &self.pixels[y * self.stride..][..self.width * CHANNELS]
+    }
+
+    /// Everything from row `y` on to the end of the memory that the view looks at: at least the row,
+    /// and further pixels of the image it is part of.
+    pub(crate) fn rows_on(&self, y: usize) -> &'a [u8] {
+        assert!(y < self.height, "row {y} of {}", self.height);
+        &self.pixels[y * self.stride..]
     }
 
     /// Copies the pixels, row by row, to `target`, `[height, width, 3]` bytes without gaps.

@@ -1,4 +1,4 @@
-//! libjpeg-turbo, through its TurboJPEG 3 interface: the only unsafe code of this crate.
+//! libjpeg-turbo, through its TurboJPEG 3 interface.
 //!
 //! Decoding uses the accurate integer inverse DCT (`islow`) and smooth chroma upsampling, which are
 //! the library's defaults and what Pillow uses, so the pixels are those of the reference pipeline.
@@ -15,6 +15,8 @@ use std::{
 };
 
 use turbojpeg_sys as tj;
+
+use crate::image::Rect;
 
 /// Larger images are refused before any memory is taken for them: 16,384 × 16,384.
 pub const PIXELS_MAX: usize = 1 << 28;
@@ -160,7 +162,7 @@ fn as_int(constant: u32) -> c_int {
 /// # Errors
 /// [`JpegError`] if the bytes are not a JPEG or it is too large.
 pub fn header(jpeg: &[u8]) -> Result<Header, JpegError> {
-    read_header(&mut decompressor(), jpeg)
+    Ok(Opened::new(jpeg)?.header)
 }
 
 /// Decodes an image into `pixels`, which is grown when it is too short, in the layout
@@ -169,23 +171,129 @@ pub fn header(jpeg: &[u8]) -> Result<Header, JpegError> {
 /// # Errors
 /// [`JpegError`] if the bytes are not a JPEG, or it is too large or damaged in any way.
 pub fn decode(jpeg: &[u8], pixels: &mut Vec<u8>) -> Result<Header, JpegError> {
-    let mut instance = decompressor();
-    let header = read_header(&mut instance, jpeg)?;
-    let layout = if header.cmyk { Pixels::Cmyk } else { Pixels::Rgb };
-    let bytes = header.width * header.height * layout.channels();
-    if pixels.len() < bytes {
-        pixels.resize(bytes, 0);
+    let mut image = Opened::new(jpeg)?;
+    image.decode(pixels)?;
+    Ok(image.header)
+}
+
+/// An image whose header has been read.
+#[derive(Debug)]
+pub struct Opened<'a> {
+    instance: Instance,
+    jpeg: &'a [u8],
+    header: Header,
+    /// One of the library's `TJSAMP` constants.
+    sampling: c_int,
+}
+
+impl<'a> Opened<'a> {
+    /// Reads the header of `jpeg`.
+    ///
+    /// # Errors
+    /// [`JpegError`] if the bytes are not a JPEG or it is too large.
+    pub fn new(jpeg: &'a [u8]) -> Result<Self, JpegError> {
+        let mut instance = decompressor();
+        let (header, sampling) = read_header(&mut instance, jpeg)?;
+        Ok(Self { instance, jpeg, header, sampling })
     }
-    let target = pixels.as_mut_ptr();
-    let handle = instance.0.as_ptr();
-    // SAFETY: the handle is a live decompressor; the pointer to `jpeg` is good for its length. The
-    // image has just been found to be `width` × `height`, so that without scaling and cropping, and
-    // with pitch 0 for rows without gaps, `bytes` bytes are written, which `target` has room for.
-    let status = unsafe {
-        tj::tj3Decompress8(handle, jpeg.as_ptr(), length(jpeg), target, 0, layout.format())
-    };
-    instance.check(status)?;
-    Ok(header)
+
+    /// What the header says.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.header
+    }
+
+    /// Decodes the whole image, see [`decode`].
+    ///
+    /// # Errors
+    /// [`JpegError`] if the image is damaged in any way.
+    pub fn decode(&mut self, pixels: &mut Vec<u8>) -> Result<(), JpegError> {
+        let (width, height) = (self.header.width, self.header.height);
+        self.decompress(Rect { left: 0, top: 0, width, height }, pixels)
+    }
+
+    /// Decodes the rows and columns of blocks that `part` needs, and returns which rectangle of the
+    /// image `pixels` then holds: one around `part`, or the whole image if it can only be decoded
+    /// whole. Every pixel of `part` is that of [`Self::decode`], to the bit.
+    ///
+    /// What the library knows only by reading on, damage below `part` for one, stays unseen.
+    ///
+    /// # Errors
+    /// [`JpegError`] if the image is damaged in any way that can be seen.
+    ///
+    /// # Panics
+    /// If `part` is empty or not inside the image.
+    pub fn decode_part(&mut self, part: Rect, pixels: &mut Vec<u8>) -> Result<Rect, JpegError> {
+        let Header { width, height, .. } = self.header;
+        assert!(part.width > 0 && part.height > 0, "{part:?} is empty");
+        let inside = part.left + part.width <= width && part.top + part.height <= height;
+        assert!(inside, "{part:?} is not inside {width}x{height}");
+        let whole = Rect { left: 0, top: 0, width, height };
+        let region = self.region(part).unwrap_or(whole);
+        if region != whole && self.decompress(region, pixels).is_ok() {
+            return Ok(region);
+        }
+        // The library refuses some rare kinds of JPEG in parts; and if this one is damaged, the
+        // message is to be the same whatever part was asked for.
+        self.decompress(whole, pixels)?;
+        Ok(whole)
+    }
+
+    /// The smallest rectangle around `part` that the library can cut out without changing a pixel
+    /// of `part`. It cuts between columns of blocks only; and where chroma is reduced, smooth
+    /// upsampling looks at the neighbours, which must not be cut off.
+    fn region(&self, part: Rect) -> Option<Rect> {
+        const CONTEXT_ROWS: usize = 2;
+        let (block, reduced) = match self.sampling {
+            tj::TJSAMP_TJSAMP_444 | tj::TJSAMP_TJSAMP_GRAY => (8, false),
+            tj::TJSAMP_TJSAMP_440 | tj::TJSAMP_TJSAMP_441 => (8, true),
+            tj::TJSAMP_TJSAMP_422 | tj::TJSAMP_TJSAMP_420 => (16, true),
+            tj::TJSAMP_TJSAMP_411 => (32, true),
+            _ => return None,
+        };
+        let (columns, rows) = if reduced { (block, CONTEXT_ROWS) } else { (0, 0) };
+        let left = (part.left / block * block).saturating_sub(columns);
+        let right = (part.left + part.width).next_multiple_of(block) + columns;
+        let top = part.top.saturating_sub(rows);
+        let bottom = (part.top + part.height + rows).min(self.header.height);
+        let width = right.min(self.header.width) - left;
+        Some(Rect { left, top, width, height: bottom - top })
+    }
+
+    /// Decodes `region`, whose left side is between two columns of blocks.
+    fn decompress(&mut self, region: Rect, pixels: &mut Vec<u8>) -> Result<(), JpegError> {
+        let layout = if self.header.cmyk { Pixels::Cmyk } else { Pixels::Rgb };
+        self.set_region(region)?;
+        let bytes = region.width * region.height * layout.channels();
+        if pixels.len() < bytes {
+            pixels.resize(bytes, 0);
+        }
+        let (jpeg, target) = (self.jpeg, pixels.as_mut_ptr());
+        let handle = self.instance.0.as_ptr();
+        // SAFETY: the handle is a live decompressor; the pointer to `jpeg` is good for its length.
+        // The header has been read from these bytes and the region set inside its size, so that
+        // without scaling, and with pitch 0 for rows without gaps, `bytes` bytes are written, which
+        // `target` has room for.
+        let status = unsafe {
+            tj::tj3Decompress8(handle, jpeg.as_ptr(), length(jpeg), target, 0, layout.format())
+        };
+        self.instance.check(status)
+    }
+
+    fn set_region(&mut self, region: Rect) -> Result<(), JpegError> {
+        let Header { width, height, .. } = self.header;
+        let side = |side: usize| c_int::try_from(side).expect("a JPEG has at most 65,535 a side");
+        let (x, y, w, h) = if region == (Rect { left: 0, top: 0, width, height }) {
+            (0, 0, 0, 0) // The library's way to say: no region.
+        } else {
+            (side(region.left), side(region.top), side(region.width), side(region.height))
+        };
+        let handle = self.instance.0.as_ptr();
+        // SAFETY: the handle is a live decompressor; the region is passed by value, and one that does
+        // not suit the image is refused.
+        let status = unsafe { tj::tj3SetCroppingRegion(handle, tj::tjregion { x, y, w, h }) };
+        self.instance.check(status)
+    }
 }
 
 fn decompressor() -> Instance {
@@ -195,7 +303,8 @@ fn decompressor() -> Instance {
     instance
 }
 
-fn read_header(instance: &mut Instance, jpeg: &[u8]) -> Result<Header, JpegError> {
+/// The header and the library's constant for its chroma sampling.
+fn read_header(instance: &mut Instance, jpeg: &[u8]) -> Result<(Header, c_int), JpegError> {
     let handle = instance.0.as_ptr();
     // SAFETY: the handle is a live decompressor and the pointer is good for `jpeg.len()` bytes,
     // which the library only reads, during the call.
@@ -212,14 +321,15 @@ fn read_header(instance: &mut Instance, jpeg: &[u8]) -> Result<Header, JpegError
     }
     let space = instance.value(tj::TJPARAM_TJPARAM_COLORSPACE);
     let cmyk = space == as_int(tj::TJCS_TJCS_CMYK) || space == as_int(tj::TJCS_TJCS_YCCK);
-    let chroma = match instance.value(tj::TJPARAM_TJPARAM_SUBSAMP) {
+    let sampling = instance.value(tj::TJPARAM_TJPARAM_SUBSAMP);
+    let chroma = match sampling {
         tj::TJSAMP_TJSAMP_444 => Chroma::Full,
         tj::TJSAMP_TJSAMP_422 => Chroma::HalfWidth,
         tj::TJSAMP_TJSAMP_420 => Chroma::Half,
         tj::TJSAMP_TJSAMP_GRAY => Chroma::Grey,
         _ => Chroma::Other,
     };
-    Ok(Header { width, height, chroma, cmyk })
+    Ok((Header { width, height, chroma, cmyk }, sampling))
 }
 
 /// A length in the library's type.
@@ -243,13 +353,31 @@ pub fn encode(
     layout: Pixels,
     quality: u8,
 ) -> Result<Vec<u8>, JpegError> {
-    assert_eq!(source.len(), width * height * layout.channels(), "bytes of the image");
-    let unencodable = || JpegError::Unencodable { width, height };
-    let side = |side: usize| c_int::from(u16::try_from(side).unwrap_or(0));
     let sampling = match layout {
         Pixels::Grey => tj::TJSAMP_TJSAMP_GRAY,
         Pixels::Rgb | Pixels::Cmyk => tj::TJSAMP_TJSAMP_444,
     };
+    encode_as(source, (width, height), layout, quality, Scheme { sampling, progressive: false })
+}
+
+/// What [`encode`] leaves out and tests need.
+#[derive(Debug, Clone, Copy)]
+struct Scheme {
+    /// One of the library's `TJSAMP` constants.
+    sampling: c_int,
+    progressive: bool,
+}
+
+fn encode_as(
+    source: &[u8],
+    (width, height): (usize, usize),
+    layout: Pixels,
+    quality: u8,
+    Scheme { sampling, progressive }: Scheme,
+) -> Result<Vec<u8>, JpegError> {
+    assert_eq!(source.len(), width * height * layout.channels(), "bytes of the image");
+    let unencodable = || JpegError::Unencodable { width, height };
+    let side = |side: usize| c_int::from(u16::try_from(side).unwrap_or(0));
     let (columns, rows) = (side(width), side(height));
     // SAFETY: takes numbers by value.
     let room = unsafe { tj::tj3JPEGBufSize(columns, rows, sampling) };
@@ -260,6 +388,7 @@ pub fn encode(
     instance.set(tj::TJPARAM_TJPARAM_QUALITY, c_int::from(quality));
     instance.set(tj::TJPARAM_TJPARAM_SUBSAMP, sampling);
     instance.set(tj::TJPARAM_TJPARAM_OPTIMIZE, 1);
+    instance.set(tj::TJPARAM_TJPARAM_PROGRESSIVE, c_int::from(progressive));
     instance.set(tj::TJPARAM_TJPARAM_NOREALLOC, 1);
     let mut jpeg = vec![0; usize::try_from(room).map_err(|_| unencodable())?];
     let (mut target, mut used) = (jpeg.as_mut_ptr(), length(&jpeg));
@@ -349,5 +478,72 @@ mod tests {
             assert!(first.is_err() || reused.starts_with(&fresh), "byte {at}");
         }
         assert!(decode(&[], &mut reused).is_err());
+    }
+
+    /// An image with detail everywhere, in luma and in chroma.
+    fn noise(width: usize, height: usize) -> Vec<u8> {
+        let mut state = 1_u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state.to_le_bytes()[3]
+        };
+        (0..width * height * 3).map(|_| next()).collect()
+    }
+
+    /// Differing bytes between parts of `jpeg` and the same parts of the whole.
+    fn check_parts(jpeg: &[u8], what: &str) {
+        let mut whole = Vec::new();
+        let Header { width, height, .. } = decode(jpeg, &mut whole).unwrap();
+        let mut part_pixels = Vec::new();
+        for at in 0..100_usize {
+            let (left, top) = (at * 7 % width, at * 11 % height);
+            let part = Rect {
+                left,
+                top,
+                width: 1 + at * 13 % (width - left),
+                height: 1 + at * 17 % (height - top),
+            };
+            let held = Opened::new(jpeg).unwrap().decode_part(part, &mut part_pixels).unwrap();
+            for y in part.top..part.top + part.height {
+                let row = |pixels: &[u8], frame: Rect| {
+                    let start = (y - frame.top) * frame.width + part.left - frame.left;
+                    pixels[start * 3..][..part.width * 3].to_vec()
+                };
+                let frame = Rect { left: 0, top: 0, width, height };
+                assert!(row(&part_pixels, held) == row(&whole, frame), "{what}: {part:?}, row {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_is_the_part_of_the_whole() {
+        let samplings = [
+            tj::TJSAMP_TJSAMP_444,
+            tj::TJSAMP_TJSAMP_422,
+            tj::TJSAMP_TJSAMP_420,
+            tj::TJSAMP_TJSAMP_GRAY,
+            tj::TJSAMP_TJSAMP_440,
+            tj::TJSAMP_TJSAMP_411,
+            tj::TJSAMP_TJSAMP_441,
+        ];
+        for (width, height) in [(150, 90), (64, 128), (33, 47)] {
+            let pixels = noise(width, height);
+            for sampling in samplings {
+                for progressive in [false, true] {
+                    let scheme = Scheme { sampling, progressive };
+                    let jpeg =
+                        encode_as(&pixels, (width, height), Pixels::Rgb, 92, scheme).unwrap();
+                    check_parts(&jpeg, &format!("{width}x{height} {scheme:?}"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_needs_less_than_the_whole() {
+        let jpeg = encode(&noise(160, 160), 160, 160, Pixels::Rgb, 90).unwrap();
+        let part = Rect { left: 41, top: 50, width: 30, height: 20 };
+        let held = Opened::new(&jpeg).unwrap().decode_part(part, &mut Vec::new()).unwrap();
+        assert_eq!(held, Rect { left: 40, top: 50, width: 32, height: 20 });
     }
 }

@@ -1,13 +1,13 @@
 //! The data: images packed into shards, and the way from a shard to a batch. No torch.
 //!
 //! ```text
-//!  image folder --pack--> DIR/train.json  train-000000.tar  train-000000.idx  ...  <--verify
+//!  image folder, tars --pack--> DIR/train.json  train-000000.tar  train-000000.idx  ...  <--verify
 //!                              |
 //!  plan: (seed, epoch, step, virtual rank) -> sample ids
 //!                              |
 //!  Dataset::read  ->  decode  ->  augment  ->  Batch, u8 [B, S, S, 3]  ->  Normalize, f32 [B, 3, S, S]
-//!  (checked range     (JPEG to    (keyed by (seed, epoch, sample id),
-//!   of one shard)      RGB8)       never by worker or rank)
+//!  (checked range     (the part   (keyed by (seed, epoch, sample id),      (erasing; then Mixing,
+//!   of one shard)      it needs)    never by worker or rank)                 keyed by step and rank)
 //! ```
 //!
 //! A *sample id* is the sample's place in the packed order, `0..Dataset::len()`. It is a plain `u64`
@@ -20,32 +20,47 @@
 //! and sample give the same bytes whoever asks. No sample leaves [`Dataset::read`] with a wrong
 //! checksum. A parser given damaged bytes returns an error that names the place; it never panics.
 
+mod adopt;
 mod augment;
 mod batch;
 mod dataset;
 pub mod decode;
 mod digest;
+pub mod erase;
 pub mod format;
 pub mod image;
 pub mod index;
 pub mod jpeg;
 mod loader;
 pub mod manifest;
+pub mod mixing;
+pub mod operation;
 pub mod pack;
 pub mod plan;
+pub mod rand_augment;
 pub mod resize;
+mod simd;
 mod source;
+pub mod stats;
 mod transform;
+pub mod unpack;
 pub mod verify;
+mod warp;
 
+pub use adopt::index_tars;
 pub use augment::{Augment, Crop, InvalidAugment};
-pub use batch::{Batch, Normalize};
+pub use batch::{Batch, Normalize, Skipped};
 pub use dataset::{Dataset, OpenError, ReadError, Sample};
 pub use digest::Sha256;
-pub use loader::{LoadError, Loader};
+pub use erase::{Erase, Erasure};
+pub use loader::{LoadError, Loader, OnCorruptSample};
 pub use manifest::Manifest;
+pub use mixing::{Mix, Mixing};
 pub use pack::{PackError, PackOptions, pack};
-pub use plan::{BatchPlan, Order, PlanError, evaluation};
+pub use plan::{BatchPlan, Order, PlanError, Shuffle, evaluation};
+pub use rand_augment::RandAugment;
 pub use source::SourceError;
-pub use transform::{Transform, TransformError};
+pub use stats::{Stats, stats};
+pub use transform::{Scratch, Transform, TransformError};
+pub use unpack::{UnpackError, unpack};
 pub use verify::{VerifyError, verify};

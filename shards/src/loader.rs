@@ -1,17 +1,18 @@
 //! From sample ids to a batch.
 
-use std::sync::Arc;
+use std::{error::Error, sync::Arc};
 
 use cluster::Epoch;
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    batch::Batch,
+    batch::{Batch, Skipped},
     dataset::{Dataset, ReadError},
     decode::Decoder,
+    erase::Erasure,
     image::CHANNELS,
-    jpeg::JpegError,
-    resize::Resizer,
-    transform::{Transform, TransformError},
+    jpeg::{Header, JpegError, Opened},
+    transform::{Scratch, Transform, TransformError},
 };
 
 /// Reads, decodes and transforms samples. One a thread; it keeps its buffers between batches.
@@ -19,9 +20,26 @@ use crate::{
 pub struct Loader {
     dataset: Arc<Dataset>,
     transform: Transform,
+    bytes: Vec<u8>,
     decoder: Decoder,
-    resizer: Resizer,
+    scratch: Scratch,
+    on_corrupt: OnCorruptSample,
 }
+
+/// What to do with a damaged sample when it is to be trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCorruptSample {
+    /// Stop with an error that names it.
+    #[default]
+    Fail,
+    /// Take the next sample of the split that is whole in its place, with that sample's own draws, and
+    /// [say so](Batch::skipped). Whoever reads the same files takes the same.
+    SkipAndLog,
+}
+
+/// Damaged samples in a row after which a split is not worth reading on.
+const SKIPPED_IN_A_ROW_MAX: u64 = 64;
 
 /// A batch that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +56,16 @@ pub enum LoadError {
         #[source]
         source: JpegError,
     },
+    /// The sample is damaged, and so are all that could stand in its place.
+    #[error(
+        "no whole sample follows sample {sample}, which is damaged ({fault}): copy the split again"
+    )]
+    NothingWhole {
+        /// Sample id.
+        sample: u64,
+        /// What is wrong with the sample itself.
+        fault: String,
+    },
     /// The image does not suit the transform.
     #[error("{sample} cannot be transformed")]
     Transform {
@@ -49,11 +77,30 @@ pub enum LoadError {
     },
 }
 
+/// An error and what caused it, in one line.
+fn with_causes(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 impl Loader {
     /// A loader of its own for the calling thread.
     #[must_use]
     pub fn new(dataset: Arc<Dataset>, transform: Transform) -> Self {
-        Self { dataset, transform, decoder: Decoder::new(), resizer: Resizer::new() }
+        Self {
+            dataset,
+            transform,
+            bytes: Vec::new(),
+            decoder: Decoder::new(),
+            scratch: Scratch::new(),
+            on_corrupt: OnCorruptSample::Fail,
+        }
+    }
+
+    /// The same loader with another way to treat damaged samples.
+    #[must_use]
+    pub fn on_corrupt(self, on_corrupt: OnCorruptSample) -> Self {
+        Self { on_corrupt, ..self }
     }
 
     /// The dataset that it reads.
@@ -78,22 +125,78 @@ impl Loader {
         let size = self.transform.size();
         batch.prepare(ids.len(), size);
         let slots = batch.images.chunks_exact_mut(size * size * CHANNELS);
-        for ((&id, pixels), label) in ids.iter().zip(slots).zip(&mut batch.labels) {
-            *label = self.load_sample(id, epoch, pixels)?;
+        for ((place, &id), (pixels, label)) in
+            ids.iter().enumerate().zip(slots.zip(&mut batch.labels))
+        {
+            let taken = match self.load_sample(id, epoch, pixels) {
+                Ok(found) => {
+                    *label = found;
+                    id
+                }
+                Err(error) if self.skips(&error) => {
+                    let (instead, found) = self.load_another(id, epoch, pixels, &error)?;
+                    *label = found;
+                    let fault = with_causes(&error);
+                    batch.skipped.push(Skipped { place, sample: id, instead, fault });
+                    instead
+                }
+                Err(error) => return Err(error),
+            };
+            if let Some((area, key)) = self.transform.erased(epoch, taken) {
+                batch.erasures.push(Erasure { image: place, area, key });
+            }
         }
         Ok(())
     }
 
+    /// Whether this is damage, and damage is to be skipped. A shard that cannot be read at all, or an
+    /// image that does not suit the transform, is a matter for the operator.
+    fn skips(&self, error: &LoadError) -> bool {
+        match (self.on_corrupt, error) {
+            (OnCorruptSample::Fail, _) => false,
+            (OnCorruptSample::SkipAndLog, LoadError::Read(read)) => match read {
+                ReadError::Checksum { .. } => true,
+                ReadError::NoSample { .. } | ReadError::Source { .. } => false,
+            },
+            (OnCorruptSample::SkipAndLog, LoadError::Decode { .. }) => true,
+            (
+                OnCorruptSample::SkipAndLog,
+                LoadError::Transform { .. } | LoadError::NothingWhole { .. },
+            ) => false,
+        }
+    }
+
+    /// The next whole sample after `id`, and its label.
+    fn load_another(
+        &mut self,
+        id: u64,
+        epoch: Epoch,
+        pixels: &mut [u8],
+        first: &LoadError,
+    ) -> Result<(u64, i64), LoadError> {
+        let samples = self.dataset.len();
+        for further in 1..=SKIPPED_IN_A_ROW_MAX.min(samples - 1) {
+            let other = (id + further) % samples;
+            match self.load_sample(other, epoch, pixels) {
+                Ok(label) => return Ok((other, label)),
+                Err(error) if self.skips(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(LoadError::NothingWhole { sample: id, fault: with_causes(first) })
+    }
+
     fn load_sample(&mut self, id: u64, epoch: Epoch, pixels: &mut [u8]) -> Result<i64, LoadError> {
-        let sample = self.dataset.read(id)?;
+        let label = self.dataset.read_into(id, &mut self.bytes)?;
         let describe = || self.dataset.describe(id);
-        let image = self
-            .decoder
-            .decode(&sample.image)
-            .map_err(|source| LoadError::Decode { sample: describe(), source })?;
+        let undecodable = |source| LoadError::Decode { sample: describe(), source };
+        let image = Opened::new(&self.bytes).map_err(undecodable)?;
+        let Header { width, height, .. } = image.header();
+        let part = self.transform.part(width, height, epoch, id);
+        let part = self.decoder.decode_part(image, part).map_err(undecodable)?;
         self.transform
-            .apply(image, epoch, id, &mut self.resizer, pixels)
+            .apply_to_part(part, (width, height), epoch, id, &mut self.scratch, pixels)
             .map_err(|source| LoadError::Transform { sample: describe(), source })?;
-        Ok(i64::from(sample.label))
+        Ok(i64::from(label))
     }
 }

@@ -39,6 +39,9 @@ pub struct Provenance {
     pub policy: Policy,
     /// How many images were not JPEG and were encoded anew under that policy.
     pub converted: u64,
+    /// How many images have four channels, CMYK or YCCK. They are kept, and converted when decoded.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cmyk: u64,
     /// Corrupt source files that were left out on request.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<String>,
@@ -57,6 +60,8 @@ pub enum Policy {
     /// JPEG files are kept byte for byte. PNG files become JPEG of quality 100 without chroma
     /// subsampling (4:4:4; grey stays grey), which is close to the source but not lossless.
     KeepJpegConvertPngQuality100,
+    /// The archives are somebody else's and were indexed where they lie.
+    KeepTars,
 }
 
 /// The files of one shard, `NAME.tar` and `NAME.idx`.
@@ -105,6 +110,16 @@ pub enum ManifestError {
     },
 }
 
+/// Whether a file name stays in its folder and is visible there.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
+    !name.is_empty() && name.len() <= 200 && !name.starts_with('.') && name.bytes().all(plain)
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 impl Manifest {
     /// Reads a manifest and checks that its fields agree.
     ///
@@ -147,8 +162,15 @@ impl Manifest {
         for (number, shard) in self.shards.iter().enumerate() {
             let field = |name| format!("shards[{number}].{name}");
             let name = format::shard_name(&self.split, number);
-            if shard.name != name {
-                return wrong(field("name"), format!("is {:?}, expected {name:?}", shard.name));
+            match self.provenance.policy {
+                Policy::KeepJpegConvertPngQuality100 if shard.name != name => {
+                    return wrong(field("name"), format!("is {:?}, expected {name:?}", shard.name));
+                }
+                Policy::KeepTars if !is_plain_name(&shard.name) => {
+                    let problem = format!("is {:?}, which is no plain file name", shard.name);
+                    return wrong(field("name"), problem);
+                }
+                Policy::KeepJpegConvertPngQuality100 | Policy::KeepTars => {}
             }
             if shard.first != first {
                 return wrong(field("first"), format!("is {}, expected {first}", shard.first));
@@ -193,6 +215,7 @@ mod tests {
                 seed: 1,
                 policy: Policy::KeepJpegConvertPngQuality100,
                 converted: 0,
+                cmyk: 0,
                 skipped: Vec::new(),
                 attribution: None,
                 licence: None,

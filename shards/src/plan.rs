@@ -3,15 +3,20 @@
 //! Nothing is stored and nothing is sent. Whoever knows the run's seed can say which samples any
 //! virtual rank takes at any step, so failures and resizes can neither lose nor repeat one.
 
-use std::ops::Range;
+use std::{num::NonZeroU32, ops::Range};
 
 use cluster::{Epoch, Step, VirtualRank};
+use serde::{Deserialize, Serialize};
 
 /// Rounds of the Feistel network: three passes over each half.
 const ROUNDS: usize = 6;
 
 /// Keeps the order of an epoch apart from other uses of the same seed.
 const ORDER_DOMAIN: u64 = u64::from_le_bytes(*b"order/v1");
+
+/// The same for the two levels of an order by blocks.
+const BLOCK_DOMAIN: u64 = u64::from_le_bytes(*b"block/v1");
+const WINDOW_DOMAIN: u64 = u64::from_le_bytes(*b"windo/v1");
 
 /// A permutation of `0..size` that is computed, not stored: a keyed Feistel network over the next
 /// power of two, walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite
@@ -65,24 +70,78 @@ fn mask(bits: u32) -> u64 {
 
 /// The finaliser of SplitMix64 after its increment (Steele, Lea and Flood, 2014): every input bit
 /// reaches every output bit.
-fn mix(value: u64) -> u64 {
+pub(crate) fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
 
-/// The order of one epoch: a full permutation of the samples, keyed by (seed, epoch).
+/// How an epoch mixes the samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Shuffle {
+    /// Any sample can be anywhere: for data that is held where it is read.
+    #[default]
+    Full,
+    /// Neighbours stay near each other, so that they can be read together: blocks of neighbouring
+    /// samples in random order, and within each window of so many blocks the samples in random order.
+    ///
+    /// Class balance is that of the full order if the samples were shuffled when they were packed.
+    /// Two samples of one block meet in a batch more often; from 2,048 blocks a window on, rarely.
+    Blocks {
+        /// Samples of a block.
+        block: NonZeroU32,
+        /// Blocks of a window.
+        window: NonZeroU32,
+    },
+}
+
+/// The order of one epoch: a permutation of the samples, keyed by (seed, epoch).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
-    permutation: Permutation,
+    samples: u64,
+    kind: OrderKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OrderKind {
+    Full(Permutation),
+    Blocks {
+        /// Of the blocks.
+        blocks: Permutation,
+        block: u64,
+        /// Samples of a window.
+        window: u64,
+        seed: u64,
+        epoch: Epoch,
+    },
 }
 
 impl Order {
     /// The order in which `epoch` visits `samples` samples. Takes no memory and no time to make.
     #[must_use]
     pub fn new(samples: u64, seed: u64, epoch: Epoch) -> Self {
-        Self { permutation: Permutation::new(samples, &[ORDER_DOMAIN, seed, epoch.0]) }
+        let permutation = Permutation::new(samples, &[ORDER_DOMAIN, seed, epoch.0]);
+        Self { samples, kind: OrderKind::Full(permutation) }
+    }
+
+    /// The order of `epoch` under this shuffle.
+    ///
+    /// # Panics
+    /// If there are more than 2^62 samples.
+    #[must_use]
+    pub fn shuffled(shuffle: Shuffle, samples: u64, seed: u64, epoch: Epoch) -> Self {
+        let Shuffle::Blocks { block, window } = shuffle else {
+            return Self::new(samples, seed, epoch);
+        };
+        assert!(samples <= 1 << 62, "{samples} samples");
+        let block = u64::from(block.get());
+        // A window of all blocks is the largest there is use for.
+        let count = samples.div_ceil(block);
+        let window = u64::from(window.get()).min(count.max(1)) * block;
+        let blocks = Permutation::new(count, &[BLOCK_DOMAIN, seed, epoch.0]);
+        Self { samples, kind: OrderKind::Blocks { blocks, block, window, seed, epoch } }
     }
 
     /// The sample id at `position`. Each id of `0..samples` is at exactly one position.
@@ -91,7 +150,27 @@ impl Order {
     /// If `position` is not below the number of samples.
     #[must_use]
     pub fn sample(&self, position: u64) -> u64 {
-        self.permutation.at(position)
+        match self.kind {
+            OrderKind::Full(permutation) => permutation.at(position),
+            OrderKind::Blocks { blocks, block, window, seed, epoch } => {
+                assert!(position < self.samples, "position {position} of {}", self.samples);
+                let all = blocks.size * block;
+                // The last block may be short. All orders blocks as if it were not, and what it lacks
+                // is skipped by following the cycle, as a permutation of another size does it.
+                let mut at = position;
+                loop {
+                    let number = at / window;
+                    let size = window.min(all - number * window);
+                    let key = [WINDOW_DOMAIN, seed, epoch.0, number];
+                    let within = Permutation::new(size, &key).at(at % window);
+                    let chosen = blocks.at((number * window + within) / block);
+                    at = chosen * block + within % block;
+                    if at < self.samples {
+                        return at;
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -126,6 +205,7 @@ pub struct BatchPlan {
     virtual_ranks: u32,
     micro_batch: u32,
     seed: u64,
+    shuffle: Shuffle,
 }
 
 impl BatchPlan {
@@ -145,11 +225,17 @@ impl BatchPlan {
         if micro_batch == 0 {
             return Err(PlanError::Zero { field: "micro_batch" });
         }
-        let plan = Self { samples, virtual_ranks, micro_batch, seed };
+        let plan = Self { samples, virtual_ranks, micro_batch, seed, shuffle: Shuffle::Full };
         if plan.steps_per_epoch() == 0 {
             return Err(PlanError::TooFewSamples { samples, virtual_ranks, micro_batch });
         }
         Ok(plan)
+    }
+
+    /// The same plan with samples mixed in another way.
+    #[must_use]
+    pub fn with_shuffle(self, shuffle: Shuffle) -> Self {
+        Self { shuffle, ..self }
     }
 
     /// Samples that one step takes over all virtual ranks.
@@ -185,7 +271,7 @@ impl BatchPlan {
         assert!(step_in_epoch < steps, "step {step_in_epoch} of an epoch of {steps}");
         let ranks = self.virtual_ranks;
         assert!(virtual_rank.0 < ranks, "virtual rank {virtual_rank} of {ranks}");
-        let order = Order::new(self.samples, self.seed, epoch);
+        let order = Order::shuffled(self.shuffle, self.samples, self.seed, epoch);
         let first = step_in_epoch * self.global_batch()
             + u64::from(virtual_rank.0) * u64::from(self.micro_batch);
         (0..self.micro_batch).map(move |place| order.sample(first + u64::from(place)))
@@ -248,6 +334,76 @@ mod tests {
         assert!(ids.iter().all(|&id| id < samples));
     }
 
+    fn blocks(block: u32, window: u32) -> Shuffle {
+        let some = |count| NonZeroU32::new(count).unwrap();
+        Shuffle::Blocks { block: some(block), window: some(window) }
+    }
+
+    fn block_order(shuffle: Shuffle, samples: u64, seed: u64, epoch: u64) -> Vec<u64> {
+        let order = Order::shuffled(shuffle, samples, seed, Epoch(epoch));
+        (0..samples).map(|position| order.sample(position)).collect()
+    }
+
+    impl Permutation {
+        /// What `at` sends to `value`, by running the network backwards.
+        fn position_of(&self, value: u64) -> u64 {
+            let back = |value: u64| {
+                let (mut width, mut other) = (self.bits_left, self.bits_right);
+                if !ROUNDS.is_multiple_of(2) {
+                    (width, other) = (other, width);
+                }
+                let (mut left, mut right) = (value >> other, value & mask(other));
+                for key in self.keys.iter().rev() {
+                    (width, other) = (other, width);
+                    (left, right) = (right ^ (mix(left ^ key) & mask(width)), left);
+                }
+                (left << other) | right
+            };
+            let mut position = back(value);
+            while position >= self.size {
+                position = back(position);
+            }
+            position
+        }
+    }
+
+    #[test]
+    fn the_order_by_blocks_is_fixed_for_all_time() {
+        assert_eq!(block_order(blocks(3, 2), 14, 0, 0), BLOCKS_OF_3);
+    }
+
+    const BLOCKS_OF_3: [u64; 14] = [3, 4, 9, 5, 11, 10, 1, 8, 0, 13, 12, 2, 7, 6];
+
+    #[test]
+    fn a_window_holds_few_blocks() {
+        let order = block_order(blocks(10, 4), 1000, 3, 1);
+        for window in order.chunks(40) {
+            let held: BTreeSet<u64> = window.iter().map(|id| id / 10).collect();
+            assert_eq!(held.len(), 4);
+        }
+        let together = order.windows(2).filter(|pair| pair[0] / 10 == pair[1] / 10).count();
+        assert!((180..300).contains(&together), "{together} of 999 neighbours; chance gives 231");
+    }
+
+    #[test]
+    fn a_window_of_everything_is_a_full_shuffle() {
+        let order = block_order(blocks(1, u32::MAX), 5000, 3, 1);
+        assert!(is_permutation(&order));
+        let rising = order.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        assert!((2400..2600).contains(&rising), "{rising} of 4999 steps rise");
+    }
+
+    #[test]
+    fn a_shuffle_is_written_as_a_recipe_has_it() {
+        let full: Shuffle = serde_json::from_str("\"full\"").unwrap();
+        assert_eq!(full, Shuffle::default());
+        let some = r#"{"blocks": {"block": 64, "window": 2048}}"#;
+        assert_eq!(serde_json::from_str::<Shuffle>(some).unwrap(), blocks(64, 2048));
+        assert!(
+            serde_json::from_str::<Shuffle>(r#"{"blocks": {"block": 0, "window": 1}}"#).is_err()
+        );
+    }
+
     #[test]
     fn epochs_and_seeds_give_different_orders() {
         let base = epoch_order(1000, 1, 0);
@@ -292,10 +448,48 @@ mod tests {
         }
 
         #[test]
+        fn any_size_is_permuted_by_blocks(
+            samples in 1u64..3000, block in 1u32..70, window in 1u32..70, seed: u64, epoch: u64,
+        ) {
+            let order = block_order(blocks(block, window), samples, seed, epoch);
+            prop_assert!(is_permutation(&order));
+        }
+
+        #[test]
+        fn a_permutation_of_any_size_can_be_undone(
+            bits in 1u32..=40, below: u64, at: u64, seed: u64,
+        ) {
+            let size = (1 << bits) - below % (1 << (bits - 1));
+            let permutation = Permutation::new(size, &[seed]);
+            let position = at % size;
+            let value = permutation.at(position);
+            prop_assert!(value < size);
+            prop_assert_eq!(permutation.position_of(value), position);
+        }
+
+        #[test]
+        fn huge_orders_by_blocks_send_no_two_positions_to_one_sample(
+            bits in 20u32..=40, below: u64, block in 1u32..300, window in 1u32..5000,
+            start: u64, seed: u64,
+        ) {
+            let samples = (1 << bits) - below % (1 << (bits - 1));
+            let order = Order::shuffled(blocks(block, window), samples, seed, Epoch(9));
+            // A stretch, and as many positions spread over everything.
+            let stretch = (0..500).map(|at| start.wrapping_add(at) % samples);
+            let spread = (0..500).map(|at: u64| at * (samples / 500));
+            let positions: BTreeSet<u64> = stretch.chain(spread).collect();
+            let ids: BTreeSet<u64> = positions.iter().map(|&at| order.sample(at)).collect();
+            prop_assert_eq!(ids.len(), positions.len());
+            prop_assert!(ids.iter().all(|&id| id < samples));
+        }
+
+        #[test]
         fn each_sample_is_seen_at_most_once_an_epoch(
             samples in 1u64..3000, ranks in 1u32..20, batch in 1u32..20, seed: u64, epoch: u64,
+            by_blocks: bool,
         ) {
             let Ok(plan) = BatchPlan::new(samples, ranks, batch, seed) else { return Ok(()) };
+            let plan = if by_blocks { plan.with_shuffle(blocks(7, 5)) } else { plan };
             let mut seen = BTreeSet::new();
             for step in 0..plan.steps_per_epoch() {
                 for rank in 0..ranks {

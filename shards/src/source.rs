@@ -7,7 +7,14 @@
 //!
 //! Both do their work on the calling thread, so nothing here needs an async runtime.
 
-use std::{fmt, fs, ops::Range, path::Path as FilePath, sync::Arc};
+use std::{
+    fmt,
+    fs::{self, File},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path as FilePath, PathBuf},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use futures::executor::block_on;
@@ -102,6 +109,37 @@ pub enum SourceError {
 pub(crate) struct Store {
     location: String,
     objects: Arc<dyn ObjectStore>,
+    shortcut: Shortcut,
+}
+
+/// How the files can be reached without the object store, which allocates for each read.
+#[derive(Debug, Clone)]
+enum Shortcut {
+    Folder(PathBuf),
+    Builtin(&'static [(&'static str, &'static [u8])]),
+}
+
+/// A file that is read again and again.
+#[derive(Debug)]
+pub(crate) enum Opened {
+    /// Opened for each read: a dataset may have more shards than a process may have open files.
+    File(PathBuf),
+    Builtin(&'static [u8]),
+}
+
+impl Opened {
+    /// Fills `bytes` from `offset` on. `None` if that cannot be done, for whatever reason: the
+    /// store's own read says which.
+    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Option<()> {
+        match self {
+            Self::File(path) => File::open(path).ok()?.read_exact_at(bytes, offset).ok(),
+            Self::Builtin(contents) => {
+                let rest = contents.get(usize::try_from(offset).ok()?..)?;
+                bytes.copy_from_slice(rest.get(..bytes.len())?);
+                Some(())
+            }
+        }
+    }
 }
 
 impl fmt::Debug for Store {
@@ -140,21 +178,34 @@ impl Store {
         let objects = LocalFileSystem::new_with_prefix(path).map_err(|_| missing())?;
         // What a renamed file says must be on the disk before the manifest names it.
         let objects = Arc::new(objects.with_fsync(true));
-        Ok(Self { location: path.trim_end_matches('/').to_owned(), objects })
+        let shortcut = Shortcut::Folder(PathBuf::from(path));
+        Ok(Self { location: path.trim_end_matches('/').to_owned(), objects, shortcut })
     }
 
-    fn builtin(location: &str, files: &[(&'static str, &'static [u8])]) -> Self {
+    fn builtin(location: &str, files: &'static [(&'static str, &'static [u8])]) -> Self {
         let objects = InMemory::new();
         for &(name, bytes) in files {
             let payload = PutPayload::from_static(bytes);
             block_on(objects.put(&Path::from(name), payload)).expect("memory takes every file");
         }
-        Self { location: location.to_owned(), objects: Arc::new(objects) }
+        let shortcut = Shortcut::Builtin(files);
+        Self { location: location.to_owned(), objects: Arc::new(objects), shortcut }
     }
 
     /// How messages name a file: with its location.
     pub(crate) fn display(&self, name: &str) -> String {
         format!("{}/{name}", self.location)
+    }
+
+    /// A file that will be read again and again.
+    pub(crate) fn opened(&self, name: &str) -> Opened {
+        match &self.shortcut {
+            Shortcut::Folder(folder) => Opened::File(folder.join(name)),
+            Shortcut::Builtin(files) => {
+                let file = files.iter().find(|(known, _)| *known == name);
+                Opened::Builtin(file.map_or(&[], |(_, contents)| contents))
+            }
+        }
     }
 
     /// Length of a file in bytes.
@@ -186,6 +237,14 @@ impl Store {
     /// Writes a file under a temporary name and gives it its own only if that is free.
     pub(crate) fn write_new(&self, name: &str, bytes: Vec<u8>) -> Result<(), SourceError> {
         self.put(name, bytes, PutMode::Create)
+    }
+
+    /// Removes a file. One that is not there is no error.
+    pub(crate) fn remove(&self, name: &str) -> Result<(), SourceError> {
+        match block_on(self.objects.delete(&Path::from(name))) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(SourceError::Write { file: self.display(name), source }),
+        }
     }
 
     fn put(&self, name: &str, bytes: Vec<u8>, mode: PutMode) -> Result<(), SourceError> {

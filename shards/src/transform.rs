@@ -6,7 +6,9 @@ use crate::{
     augment::{Augment, Crop, Decision, Draws, InvalidAugment},
     batch::Normalize,
     image::{self, CHANNELS, Rect, View},
-    resize::Resizer,
+    operation::truncate,
+    rand_augment::color_jitter,
+    resize::{Axis, Resizer},
 };
 
 /// Up to this size the evaluation transform takes an image that already has it as it is.
@@ -27,6 +29,27 @@ pub struct Transform {
 enum Purpose {
     Training { seed: u64 },
     Evaluation,
+}
+
+/// What a transform needs besides its arguments. One a thread; it keeps its buffers between images.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    resizer: Resizer,
+    image: Vec<u8>,
+}
+
+impl Scratch {
+    /// Without buffers yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With a [scalar](Resizer::scalar) resizer, to check the others by.
+    #[must_use]
+    pub fn scalar() -> Self {
+        Self { resizer: Resizer::scalar(), image: Vec::new() }
+    }
 }
 
 /// An image that a transform cannot take.
@@ -89,6 +112,31 @@ impl Transform {
         Normalize::new(self.augment.mean, self.augment.std)
     }
 
+    /// The part of a `width` × `height` image that the transform looks at. What lies outside need
+    /// not be decoded.
+    #[must_use]
+    pub fn part(&self, width: usize, height: usize, epoch: Epoch, sample: u64) -> Rect {
+        match (self.purpose, self.augment.crop) {
+            (Purpose::Training { seed }, Crop::RandomResized) => {
+                let mut draws = Draws::new(Decision::Crop, seed, epoch, sample);
+                self.augment.random_resized_crop(width, height, &mut draws)
+            }
+            (Purpose::Training { .. }, Crop::Padded | Crop::None) => {
+                Rect { left: 0, top: 0, width, height }
+            }
+            (Purpose::Evaluation, _) => {
+                let (horizontal, vertical) = self.evaluation_axes(width, height);
+                let (columns, rows) = (horizontal.footprint(), vertical.footprint());
+                Rect {
+                    left: columns.start,
+                    top: rows.start,
+                    width: columns.len(),
+                    height: rows.len(),
+                }
+            }
+        }
+    }
+
     /// Transforms `image` into `target`, `[size, size, 3]` bytes.
     ///
     /// The result depends on the image, the settings, the seed, `epoch` and `sample`, on nothing else;
@@ -104,39 +152,78 @@ impl Transform {
         image: View<'_>,
         epoch: Epoch,
         sample: u64,
-        resizer: &mut Resizer,
+        scratch: &mut Scratch,
+        target: &mut [u8],
+    ) -> Result<(), TransformError> {
+        let whole = (image.width(), image.height());
+        let part = image.crop(self.part(whole.0, whole.1, epoch, sample));
+        self.apply_to_part(part, whole, epoch, sample, scratch, target)
+    }
+
+    /// Transforms an image of which only [`Self::part`] is at hand, and whose width and height are
+    /// `whole`: the same as [`Self::apply`] of the whole image.
+    ///
+    /// # Errors
+    /// [`TransformError`] if the image is too small for a padded crop.
+    ///
+    /// # Panics
+    /// If the length of `target` is another.
+    pub fn apply_to_part(
+        &self,
+        part: View<'_>,
+        whole: (usize, usize),
+        epoch: Epoch,
+        sample: u64,
+        scratch: &mut Scratch,
         target: &mut [u8],
     ) -> Result<(), TransformError> {
         match self.purpose {
-            Purpose::Evaluation => self.evaluate(image, resizer, target),
+            Purpose::Evaluation => {
+                let (horizontal, vertical) = self.evaluation_axes(whole.0, whole.1);
+                scratch.resizer.resize_part(part, horizontal, vertical, target);
+            }
             Purpose::Training { seed } => {
-                let mut crop = Draws::new(Decision::Crop, seed, epoch, sample);
-                self.crop(image, &mut crop, resizer, target)?;
+                match self.augment.crop {
+                    Crop::RandomResized | Crop::None => {
+                        scratch.resizer.resize(part, self.size, self.size, target);
+                    }
+                    Crop::Padded => {
+                        let mut draws = Draws::new(Decision::Crop, seed, epoch, sample);
+                        self.padded_crop(part, &mut draws, target)?;
+                    }
+                }
                 let mut flip = Draws::new(Decision::Flip, seed, epoch, sample);
                 if flip.unit() < self.augment.flip_probability {
                     image::flip(target, self.size);
                 }
+                let mut draws = Draws::new(Decision::Operations, seed, epoch, sample);
+                self.change(&mut draws, &mut scratch.image, target);
             }
         }
         Ok(())
     }
 
-    fn crop(
-        &self,
-        image: View<'_>,
-        draws: &mut Draws,
-        resizer: &mut Resizer,
-        target: &mut [u8],
-    ) -> Result<(), TransformError> {
-        match self.augment.crop {
-            Crop::RandomResized => {
-                let rect = self.augment.random_resized_crop(image.width(), image.height(), draws);
-                resizer.resize(image.crop(rect), self.size, self.size, target);
+    /// The box that noise replaces once the image is normalised, and the key of that noise.
+    #[must_use]
+    pub fn erased(&self, epoch: Epoch, sample: u64) -> Option<(Rect, u64)> {
+        let (Purpose::Training { seed }, Some(erase)) = (self.purpose, self.augment.erase) else {
+            return None;
+        };
+        erase.draw(self.size, &mut Draws::new(Decision::Erase, seed, epoch, sample))
+    }
+
+    /// RandAugment, or the colour jitter where that is off.
+    fn change(&self, draws: &mut Draws, scratch: &mut Vec<u8>, target: &mut [u8]) {
+        let fill = self.augment.mean.map(|mean| truncate((f64::from(mean) * 255.0).round()));
+        if let Some(setting) = self.augment.rand_augment {
+            for operation in setting.draw(draws) {
+                operation.apply(target, self.size, fill, scratch);
             }
-            Crop::Padded => self.padded_crop(image, draws, target)?,
-            Crop::None => resizer.resize(image, self.size, self.size, target),
+        } else if self.augment.color_jitter > 0.0 {
+            for operation in color_jitter(self.augment.color_jitter, draws) {
+                operation.apply(target, self.size, fill, scratch);
+            }
         }
-        Ok(())
     }
 
     fn padded_crop(
@@ -166,20 +253,17 @@ impl Transform {
         Ok(())
     }
 
-    fn evaluate(&self, image: View<'_>, resizer: &mut Resizer, target: &mut [u8]) {
+    /// Columns and rows of the resized image that evaluation takes.
+    fn evaluation_axes(&self, width: usize, height: usize) -> (Axis, Axis) {
         let size = self.size;
-        let as_is = size <= SMALL && (image.width(), image.height()) == (size, size);
+        let as_is = size <= SMALL && (width, height) == (size, size);
         if as_is || size >= LARGE {
-            resizer.resize(image, size, size, target);
-            return;
+            return (Axis::whole(width, size), Axis::whole(height, size));
         }
-        let (width, height) = self.evaluation_size(image.width(), image.height());
-        let mut resized = vec![0; width * height * CHANNELS];
-        resizer.resize(image, width, height, &mut resized);
-        let left = half_to_even(width - size);
-        let top = half_to_even(height - size);
-        let centre = Rect { left, top, width: size, height: size };
-        View::new(&resized, width, height).crop(centre).copy_to(target);
+        let (columns, rows) = self.evaluation_size(width, height);
+        let left = half_to_even(columns - size);
+        let top = half_to_even(rows - size);
+        (Axis::part(width, columns, left..left + size), Axis::part(height, rows, top..top + size))
     }
 
     /// Sides after resizing: the short one is `size / crop_pct`, both truncated.
@@ -221,7 +305,7 @@ mod tests {
     fn apply(transform: &Transform, pixels: &[u8], width: usize, key: (u64, u64)) -> Vec<u8> {
         let mut target = vec![1; transform.size() * transform.size() * 3];
         let image = View::new(pixels, width, pixels.len() / 3 / width);
-        transform.apply(image, Epoch(key.0), key.1, &mut Resizer::new(), &mut target).unwrap();
+        transform.apply(image, Epoch(key.0), key.1, &mut Scratch::new(), &mut target).unwrap();
         target
     }
 
@@ -276,7 +360,7 @@ mod tests {
             View::new(&pixels, 3, 9),
             Epoch(0),
             0,
-            &mut Resizer::new(),
+            &mut Scratch::new(),
             &mut [0; 192],
         );
         let error = TransformError::TooSmall { width: 3, height: 9, padding: 2, size: 8 };

@@ -8,7 +8,7 @@ use crate::{
     format::{self, Member, TarError},
     index::Record,
     jpeg::{self, JpegError},
-    manifest::Shard,
+    manifest::{Policy, Shard},
     pack::flags_of,
     source::SourceError,
 };
@@ -133,11 +133,12 @@ pub fn verify(
     progress: &mut dyn FnMut(VerifyReport),
 ) -> Result<VerifyReport, VerifyError> {
     let dataset = Dataset::open(location, split)?;
+    let policy = dataset.manifest().provenance.policy;
     let mut report = VerifyReport::default();
     for (shard, index) in dataset.manifest().shards.iter().zip(dataset.indexes()) {
         let archive = dataset.store().read(&shard.tar())?;
         let file = dataset.store().display(&shard.tar());
-        verify_shard(&file, &archive, shard, &index.records)?;
+        verify_shard(&file, &archive, shard, &index.records, policy)?;
         report.shards += 1;
         report.samples += shard.samples;
         report.bytes += archive.len() as u64;
@@ -147,6 +148,53 @@ pub fn verify(
 }
 
 fn verify_shard(
+    file: &str,
+    archive: &[u8],
+    shard: &Shard,
+    records: &[Record],
+    policy: Policy,
+) -> Result<(), VerifyError> {
+    match policy {
+        Policy::KeepJpegConvertPngQuality100 => verify_members(file, archive, shard, records)?,
+        Policy::KeepTars => verify_images(file, archive, shard, records)?,
+    }
+    let (expected, found) = (shard.tar_sha256, Sha256::of(archive));
+    if expected != found {
+        return Err(VerifyError::Digest { shard: file.to_owned(), expected, found });
+    }
+    Ok(())
+}
+
+/// An archive of somebody else's: only its images are ours to understand.
+fn verify_images(
+    file: &str,
+    archive: &[u8],
+    shard: &Shard,
+    records: &[Record],
+) -> Result<(), VerifyError> {
+    for (sample, record) in (shard.first..).zip(records) {
+        let Record { offset, length, .. } = *record;
+        let header = offset - format::BLOCK;
+        let problem = format::slice(archive, offset..offset + u64::from(length))
+            .ok_or(SampleFault::Place { offset, length })
+            .and_then(|image| check_image(image, record))
+            .err();
+        if let Some(problem) = problem {
+            let key = key_at(archive, header);
+            return Err(VerifyError::Sample {
+                shard: file.to_owned(),
+                sample,
+                key,
+                offset,
+                problem,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// An archive of ours: image, class, image, class, and the end.
+fn verify_members(
     file: &str,
     archive: &[u8],
     shard: &Shard,
@@ -168,12 +216,7 @@ fn verify_shard(
     }
     let end = format::member_at(archive, walk.at)
         .and_then(|member| member.map_or(Ok(()), |_| Err(TarError::Trailer { offset: walk.at })));
-    end.map_err(|source| VerifyError::Tar { shard: file.to_owned(), source })?;
-    let (expected, found) = (shard.tar_sha256, Sha256::of(archive));
-    if expected != found {
-        return Err(VerifyError::Digest { shard: file.to_owned(), expected, found });
-    }
-    Ok(())
+    end.map_err(|source| VerifyError::Tar { shard: file.to_owned(), source })
 }
 
 fn key_at(archive: &[u8], header: u64) -> String {
@@ -238,21 +281,25 @@ impl<'a> Walk<'a> {
         if image.offset != offset || image.data.len() as u64 != u64::from(length) {
             return Err(SampleFault::Place { offset, length });
         }
-        let found = crc32c::crc32c(image.data);
-        if found != record.crc32c {
-            return Err(SampleFault::Checksum { expected: record.crc32c, found });
-        }
-        let header = jpeg::header(image.data).map_err(SampleFault::Jpeg)?;
-        let size = (usize::from(record.width), usize::from(record.height));
-        if (header.width, header.height) != size {
-            return Err(SampleFault::Header { field: "size" });
-        }
-        let seen = flags_of(&header);
-        if !record.flags.has(seen) || record.flags.chroma() != seen.chroma() {
-            return Err(SampleFault::Header { field: "flags" });
-        }
-        Ok(())
+        check_image(image.data, record)
     }
+}
+
+fn check_image(image: &[u8], record: &Record) -> Result<(), SampleFault> {
+    let found = crc32c::crc32c(image);
+    if found != record.crc32c {
+        return Err(SampleFault::Checksum { expected: record.crc32c, found });
+    }
+    let header = jpeg::header(image).map_err(SampleFault::Jpeg)?;
+    let size = (usize::from(record.width), usize::from(record.height));
+    if (header.width, header.height) != size {
+        return Err(SampleFault::Header { field: "size" });
+    }
+    let seen = flags_of(&header);
+    if !record.flags.has(seen) || record.flags.chroma() != seen.chroma() {
+        return Err(SampleFault::Header { field: "flags" });
+    }
+    Ok(())
 }
 
 fn unexpected(expected: String, found: &str) -> SampleFault {

@@ -10,9 +10,11 @@ use cluster::Epoch;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use shards::{
-    Augment, Batch, Normalize, Transform,
+    Augment, Batch, Normalize, Scratch, Transform,
     decode::Decoder,
     image::{self, Rect, View},
+    operation::Operation,
+    rand_augment::KINDS,
     resize::Resizer,
 };
 
@@ -24,6 +26,44 @@ struct Cases {
     normalise: Vec<String>,
     eval: Vec<EvalCase>,
     decode: Vec<DecodeCase>,
+    ops: Vec<OperationCase>,
+    level_to_arg: Vec<LevelCase>,
+    pipeline: Vec<PipelineCase>,
+}
+
+#[derive(Deserialize)]
+struct OperationCase {
+    key: String,
+    image: String,
+    op: String,
+    level: Option<f64>,
+    sign: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct LevelCase {
+    op: String,
+    level: f64,
+    sign: Option<f64>,
+    arg: f64,
+}
+
+#[derive(Deserialize)]
+struct PipelineCase {
+    id: u32,
+    image: String,
+    size: usize,
+    #[serde(rename = "box")]
+    crop: [usize; 4],
+    flip: bool,
+    ops: Vec<PipelineOperation>,
+}
+
+#[derive(Deserialize)]
+struct PipelineOperation {
+    op: String,
+    level: Option<f64>,
+    sign: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -147,6 +187,77 @@ fn flipping_is_pillows() {
     }
 }
 
+/// timm's name of an operation, with its strength.
+fn operation(name: &str, level: Option<f64>, sign: Option<f64>) -> Operation {
+    let name = name.strip_suffix("Increasing").or(name.strip_suffix("Rel")).unwrap_or(name);
+    let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == name).unwrap();
+    kind.at_level(level.unwrap_or(0.0), sign == Some(-1.0))
+}
+
+const FILL: [u8; 3] = [124, 116, 104];
+
+#[test]
+fn operations_are_pillows() {
+    let Some(reference) = Reference::load() else { return };
+    let mut scratch = Vec::new();
+    for case in &reference.cases.ops {
+        let mut picture = reference.picture(&format!("img/{}", case.image));
+        let operation = operation(&case.op, case.level, case.sign);
+        operation.apply(&mut picture.pixels, picture.width, FILL, &mut scratch);
+        assert!(picture.pixels == reference.tensor(&case.key).1, "{}", case.key);
+    }
+    assert_eq!(reference.cases.ops.len(), 330);
+}
+
+#[test]
+fn strengths_are_timms() {
+    let Some(reference) = Reference::load() else { return };
+    for case in &reference.cases.level_to_arg {
+        let found = match operation(&case.op, Some(case.level), case.sign) {
+            Operation::Posterize { bits: argument }
+            | Operation::Solarize { threshold: argument }
+            | Operation::SolarizeAdd { add: argument } => f64::from(argument),
+            Operation::Rotate { degrees: argument }
+            | Operation::Color { factor: argument }
+            | Operation::Contrast { factor: argument }
+            | Operation::Brightness { factor: argument }
+            | Operation::Sharpness { factor: argument }
+            | Operation::ShearX { factor: argument }
+            | Operation::ShearY { factor: argument }
+            | Operation::TranslateX { fraction: argument }
+            | Operation::TranslateY { fraction: argument } => argument,
+            Operation::AutoContrast | Operation::Equalize | Operation::Invert => {
+                panic!("{} has no strength", case.op)
+            }
+        };
+        assert_eq!(found, case.arg, "{} at {}", case.op, case.level);
+    }
+    assert!(reference.cases.level_to_arg.len() > 50);
+}
+
+#[test]
+fn a_whole_training_transform_is_timms() {
+    let Some(reference) = Reference::load() else { return };
+    let (mut resizer, mut scratch) = (Resizer::new(), Vec::new());
+    for case in &reference.cases.pipeline {
+        let source = reference.picture(&format!("img/{}", case.image));
+        let [top, left, height, width] = case.crop;
+        let mut pixels = vec![0; case.size * case.size * 3];
+        let crop = source.view().crop(Rect { left, top, width, height });
+        resizer.resize(crop, case.size, case.size, &mut pixels);
+        if case.flip {
+            image::flip(&mut pixels, case.size);
+        }
+        for step in &case.ops {
+            let operation = operation(&step.op, step.level, step.sign);
+            operation.apply(&mut pixels, case.size, FILL, &mut scratch);
+        }
+        let expected = reference.tensor(&format!("pipe/{}/ops", case.id)).1;
+        assert!(pixels == expected, "pipeline {}", case.id);
+    }
+    assert!(reference.cases.pipeline.len() >= 5);
+}
+
 #[test]
 fn normalisation_is_torchvisions() {
     let Some(reference) = Reference::load() else { return };
@@ -156,7 +267,8 @@ fn normalisation_is_torchvisions() {
         let picture = reference.picture(&key.replace("norm/", "img/"));
         // The table is per pixel, so a picture of any shape is checked as a row of 1 × 1 images.
         let pixels = picture.width * picture.height;
-        let batch = Batch { images: picture.pixels, labels: vec![0; pixels], size: 1 };
+        let batch =
+            Batch { images: picture.pixels, labels: vec![0; pixels], size: 1, ..Batch::new() };
         let mut normalized = Vec::new();
         normalize.nchw(&batch, &mut normalized);
         let (_, expected) = reference.tensor(key);
@@ -172,16 +284,16 @@ fn normalisation_is_torchvisions() {
 #[test]
 fn the_evaluation_transform_is_the_references() {
     let Some(reference) = Reference::load() else { return };
-    let mut resizer = Resizer::new();
+    let mut scratch = Scratch::new();
     for case in &reference.cases.eval {
         let settings = Augment { crop_pct: case.crop_pct, ..Augment::default() };
         let transform = Transform::evaluation(&settings, case.input_size).unwrap();
         let source = reference.picture(&format!("img/{}", case.image));
         let size = transform.size();
         let mut images = vec![0; size * size * 3];
-        transform.apply(source.view(), Epoch(0), 0, &mut resizer, &mut images).unwrap();
+        transform.apply(source.view(), Epoch(0), 0, &mut scratch, &mut images).unwrap();
         assert!(images == reference.tensor(&case.key).1, "{}", case.key);
-        let batch = Batch { images, labels: vec![0], size };
+        let batch = Batch { images, labels: vec![0], size, ..Batch::new() };
         let mut normalized = Vec::new();
         transform.normalize().nchw(&batch, &mut normalized);
         assert_eq!(normalized[..case.normalised.first.len()], case.normalised.first);

@@ -1,9 +1,10 @@
 //! `cargo xtask bench NAME`: benchmarks on the release binaries.
 //!
 //! `percheron bench` measures what one process can measure by itself, and gets every name that is
-//! not known here. A benchmark that drives a whole cluster from outside is a variant of
-//! [`Benchmark`] and a file below `bench/`.
+//! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
+//! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod data;
 mod figures;
 mod histories;
 mod recovery;
@@ -24,18 +25,24 @@ pub(crate) enum Benchmark {
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
     Histories(histories::Arguments),
+    /// Images a core prepares in a second, ours and a Python pipeline's.
+    Data(data::Options),
     /// Any other name, with its arguments, is one of `percheron bench`.
     #[command(external_subcommand)]
     OfPercheron(Vec<OsString>),
 }
 
 pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
+    if let Benchmark::Data(options) = benchmark {
+        return data::run(workspace, options); // It needs no torch.
+    }
     setup::run(workspace)?;
     test::build(workspace)?;
     match benchmark {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
+        Benchmark::Data(options) => data::run(workspace, options),
         Benchmark::OfPercheron(arguments) => {
             process::run(workspace.binary("percheron").arg("bench").args(arguments))
         }

@@ -17,6 +17,7 @@ mod process;
 mod setup;
 mod test;
 mod tidy;
+mod webdataset;
 mod workspace;
 
 use workspace::Workspace;
@@ -43,6 +44,8 @@ enum Task {
     Ci,
     /// Check what no lint can: layout, sizes, dependency arrows, links.
     Tidy,
+    /// Read the built-in shards with the Python library webdataset.
+    Webdataset(webdataset::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -68,6 +71,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Lint => lint::run(&workspace),
         Task::Ci => ci::run(&workspace),
         Task::Tidy => tidy::run(&workspace),
+        Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }
