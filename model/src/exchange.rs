@@ -13,6 +13,19 @@ use crate::params::Scope;
 /// The latents read a 7×7 summary of the features.
 const GRID: i64 = 7;
 
+/// Tokens of that summary.
+pub(crate) const GRID_TOKENS: i64 = GRID * GRID;
+
+/// The convolution that precedes the summary.
+pub(crate) fn depthwise_size(width: i64) -> ConvSize {
+    ConvSize::depthwise(width, 7, 1)
+}
+
+/// Channels inside the attention that writes to features of `features` channels.
+pub(crate) fn write_width(features: i64) -> i64 {
+    features / 8
+}
+
 /// Lets the latent code read the image features: an X→Z arrow.
 #[derive(Debug)]
 pub(crate) struct LatentRead {
@@ -31,8 +44,7 @@ impl LatentRead {
         dropout: f64,
     ) -> LatentRead {
         let convolution = || {
-            let size =
-                ConvSize { inputs: width, outputs: width, kernel: 7, stride: 1, groups: width };
+            let size = depthwise_size(width);
             Conv2d::biased(&(root / &format!("dwc{stage}_x2z")), size, Init::fan_in(7 * 7))
         };
         let depthwise = with_dwc.then(convolution);
@@ -43,7 +55,7 @@ impl LatentRead {
             attention: CrossAttention::new(
                 &(&scope / "cross_attn"),
                 widths,
-                Some(GRID * GRID),
+                Some(GRID_TOKENS),
                 dropout,
             ),
             mlp: Mlp::new(&(&scope / "mlp"), width, 1, dropout),
@@ -105,7 +117,7 @@ impl FeatureWrite {
         latents: i64,
         dropout: f64,
     ) -> FeatureWrite {
-        let widths = CrossWidths { query: features, source: latents, inner: features / 8 };
+        let widths = CrossWidths { query: features, source: latents, inner: write_width(features) };
         FeatureWrite {
             attention: CrossAttention::new(&(scope / "cross_attn"), widths, None, dropout),
             mlp: Mlp::new(&(scope / "mlp"), features, 1, dropout),

@@ -24,12 +24,11 @@ pub(crate) fn json(file: &str) -> Option<Value> {
     Some(serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
 }
 
-/// The cases of a JSON file that are about RegNetY models.
-pub(crate) fn regnet_cases(file: &str, key: &str) -> Vec<Value> {
+/// The cases of a JSON file.
+pub(crate) fn cases(file: &str, key: &str) -> Vec<Value> {
     let Some(mut root) = json(file) else { return Vec::new() };
     let Value::Array(cases) = root[key].take() else { panic!("{file} has no list {key}") };
-    let is_regnet = |case: &Value| case["model"].as_str().unwrap().starts_with("reg");
-    cases.into_iter().filter(is_regnet).collect()
+    cases
 }
 
 /// The architecture that a case describes.
@@ -46,6 +45,9 @@ pub(crate) fn architecture(case: &Value) -> Architecture {
         with_z2x: on("with_z2x"),
         with_dwc: on("with_dwc"),
         with_isc: on("with_isc"),
+        spatial_reduction: on("spatial_reduction"),
+        drop_path: Some(0.0),
+        head_dropout: Some(0.0),
         ..ModelConfig::published(case["model"].as_str().unwrap())
     };
     Architecture::try_from(&config).unwrap()

@@ -23,8 +23,8 @@ pub(crate) fn build(case: &Value, kind: Kind) -> (Architecture, Weights, Network
 
 #[test]
 fn state_dicts_have_the_reference_s_names_shapes_and_order() {
-    let mut cases = golden::regnet_cases("models.json", "models");
-    cases.extend(golden::regnet_cases("models.json", "variants"));
+    let mut cases = golden::cases("models.json", "models");
+    cases.extend(golden::cases("models.json", "variants"));
     for case in cases.iter().filter(|case| case["unsupported"].is_null()) {
         let name = format!("{} without {}", case["model"], case["off"]);
         let layout = Layout::of(&golden::architecture(case));
@@ -98,7 +98,7 @@ fn eval_logits_equal_the_stored_ones() {
     let Some(folder) = golden::folder() else { return };
     let bytes = fs::read(folder.join("forward.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    for case in golden::regnet_cases("forward.json", "cases") {
+    for case in golden::cases("forward.json", "cases") {
         let model = case["model"].as_str().unwrap();
         let (seed, size) = (case["seed"].as_u64().unwrap(), case["size"].as_u64().unwrap());
         let batch = case["eval_batch"].as_u64().unwrap();
@@ -136,7 +136,7 @@ fn variant_error(logits: &Tensor, stored: &Value) -> f64 {
 
 #[test]
 fn every_option_switched_off_gives_the_stored_logits() {
-    for case in golden::regnet_cases("variants.json", "cases") {
+    for case in golden::cases("variants.json", "cases") {
         let (seed, size) = (case["seed"].as_u64().unwrap(), case["size"].as_u64().unwrap());
         for (kind, label, tolerance) in [(Kind::Double, "f64", 1e-8), (Kind::Float, "f32", 2e-4)] {
             let (_, _, network) = build(&case, kind);

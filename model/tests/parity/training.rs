@@ -110,8 +110,8 @@ fn training_forward_error(pass: &Pass, case: &Value, double: bool) -> Worst {
 
 #[test]
 fn a_training_pass_equals_the_stored_logits_losses_gradients_and_statistics() {
-    let forwards = golden::regnet_cases("forward.json", "cases");
-    for case in golden::regnet_cases("backward.json", "cases") {
+    let forwards = golden::cases("forward.json", "cases");
+    for case in golden::cases("backward.json", "cases") {
         let forward = forwards.iter().find(|forward| forward["model"] == case["model"]).unwrap();
         let silent = without_gradient(&case);
         let double = pass(&case, Kind::Double);
@@ -207,7 +207,7 @@ fn gradients_of(network: &Network, images: &Tensor, targets: &Tensor, flat: &mut
 
 #[test]
 fn three_updates_with_averages_equal_the_stored_ones() {
-    for case in golden::regnet_cases("optim.json", "cases") {
+    for case in golden::cases("optim.json", "cases") {
         let silent = without_gradient(&case);
         let seed = case["seed"].as_u64().unwrap();
         let double = train(&case, Kind::Double);

@@ -260,7 +260,7 @@ fn rates_equal_the_stored_schedules() {
 fn initial_values_have_the_reference_s_distributions() {
     libtorch::init(1).unwrap();
     let mut worst = Worst::default();
-    for case in golden::regnet_cases("init_stats.json", "cases") {
+    for case in golden::cases("init_stats.json", "cases") {
         let layout = Arc::new(Layout::of(&golden::architecture(&case)));
         let weights = Weights::initial(layout.clone(), 0, Kind::Float, Device::Cpu);
         // The reference's running statistics have seen noise (Q2); ours have seen nothing.
