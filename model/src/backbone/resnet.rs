@@ -84,12 +84,12 @@ impl ResNet {
     pub(crate) fn new(root: &Scope<'_, '_>, spec: &ResNetSpec, drop_path: f64) -> ResNet {
         let stem = ConvNorm::new(&(root / "cnn_stem"), spec.stem(), NormConstants::DEFAULT);
         let last = spec.depths.iter().sum::<usize>() - 1;
-        let mut place = 0;
+        let mut place = 0.0;
         let stages = std::array::from_fn(|stage| {
             let scope = root / &format!("cnn_body_stage{}", stage + 1);
             let block = |(index, size): (usize, BlockSize)| {
-                let rate = drop_path * place as f64 / last as f64;
-                place += 1;
+                let rate = drop_path * place / last as f64;
+                place += 1.0;
                 Block::new(&(&scope / &index.to_string()), size, rate)
             };
             spec.blocks(stage).enumerate().map(block).collect()
