@@ -1,5 +1,5 @@
 //! CPU time of one micro-batch's forward and backward and of one update, and the memory they take:
-//! `cargo bench -p model -- VARIANT BATCH SIZE CLASSES THREADS` (default: the digits recipe's). The time is that
+//! `cargo bench -p model -- VARIANT BATCH SIZE CLASSES THREADS REPETITIONS` (default: the digits recipe's). The time is that
 //! of all threads, from the scheduler's own count, so that a busy machine disturbs it little.
 
 use std::fs;
@@ -56,7 +56,8 @@ fn main() {
         ..ModelConfig::published(name)
     };
     let architecture = Architecture::try_from(&config).expect("a valid model");
-    let repetitions = if size == 32 { 60 } else { 5 };
+    let default = if size == 32 { 60 } else { 5 };
+    let repetitions = u64::try_from(number(5, default)).expect("a number of repetitions");
     let mut times = measure(&architecture, batch, repetitions);
     let mut median = |part: fn(&Times) -> Duration| {
         times.sort_by_key(part);
@@ -92,14 +93,14 @@ fn measure(architecture: &Architecture, batch: i64, repetitions: u64) -> Vec<Tim
         let start = cpu_time();
         let exits = network.forward_train(&images, &draws);
         let losses = multi_exit(&exits, Targets::Labels(&labels), &LossConfig::default());
-        let forward = (cpu_time() - start);
+        let forward = cpu_time() - start;
         network.gradients(&losses.total, &mut gradients).expect("backward succeeds");
-        let backward = (cpu_time() - start) - forward;
+        let backward = cpu_time() - start - forward;
         let update = Update { step, learning_rate: 1e-3, weight_decay: 0.05 };
         optimizer.step(weights.params_mut(), &gradients, &update);
-        let optimizer = (cpu_time() - start) - forward - backward;
+        let optimizer = cpu_time() - start - forward - backward;
         ema.update(&weights, 0.999);
-        let average = (cpu_time() - start) - forward - backward - optimizer;
+        let average = cpu_time() - start - forward - backward - optimizer;
         Times { forward, backward, optimizer, average }
     };
     (0..repetitions).map(repetition).collect()

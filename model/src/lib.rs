@@ -20,6 +20,7 @@ mod variants;
 
 pub mod config;
 pub mod cost;
+pub mod dynamic;
 pub mod ema;
 pub mod loss;
 pub mod net;

@@ -89,6 +89,11 @@ fn initial_values_have_the_reference_s_distributions() {
 }
 
 #[test]
+fn dynamic_inference_has_the_stored_thresholds_accuracies_and_costs() {
+    compare("dynamic_eval.json");
+}
+
+#[test]
 fn a_difference_a_broken_file_and_an_unknown_model_fail() {
     let folder = std::env::temp_dir().join(format!("parity-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");

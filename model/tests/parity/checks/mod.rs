@@ -1,6 +1,7 @@
 //! Every comparison with the reference's numbers, one function a file of their folder. The tests run them on
 //! the folder beside the repository, the example `parity` on any.
 
+mod dynamic;
 pub(crate) mod golden;
 mod initial;
 mod loss;
@@ -17,7 +18,7 @@ use report::{Check, FileReport};
 type Examiner = fn(&Golden) -> Vec<Check>;
 
 /// The files whose numbers this crate must reproduce. A file beside another of the same name is read with it.
-pub(crate) const EXAMINERS: [(&str, Examiner); 11] = [
+pub(crate) const EXAMINERS: [(&str, Examiner); 12] = [
     ("models.json", state::models),
     ("fill.json", state::fill_rule),
     ("forward.json", network::forward),
@@ -29,6 +30,7 @@ pub(crate) const EXAMINERS: [(&str, Examiner); 11] = [
     ("ema_unit.json", units::averages),
     ("schedules.json", units::schedules),
     ("init_stats.json", initial::distributions),
+    ("dynamic_eval.json", dynamic::evaluation),
 ];
 
 /// Files that are read together with one of [`EXAMINERS`].
