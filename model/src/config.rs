@@ -1,15 +1,15 @@
-//! What a user may choose about the network, and the one table of published variants.
+//! What a user may choose about the network, and the sizes that follow.
 
 use serde::{Deserialize, Serialize};
 
 use crate::backbone::BackboneSpec;
-use crate::backbone::regnet::RegNetSpec;
+use crate::variants::{variant, variant_names};
 
 /// The choices that make a Dynamic Perceiver. All but `name` have the published recipe's value as default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A published variant: backbone and number of latent tokens, as `reg800m_perceiver_t128`.
+    /// A registered variant: backbone and number of latent tokens, as `reg800m_perceiver_t128`.
     pub name: String,
     /// Classes that each exit tells apart. Default 1000.
     #[serde(default = "defaults::classes")]
@@ -18,7 +18,7 @@ pub struct ModelConfig {
     #[serde(default = "defaults::input_size")]
     pub input_size: i64,
     /// Multipliers of the 3, 3, 9 and 3 self-attention layers of the four stages.
-    /// Default: the family's published ones (RegNetY 1 1 1 2).
+    /// Default: the family's published ones (RegNetY 1 1 1 2, ResNet 1 1 1 1, MobileNetV3 1 1 1 3).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth_factor: Option<[usize; 4]>,
     /// Hidden width of the self-attention layers' MLP, in latent widths. Default 4.
@@ -42,6 +42,24 @@ pub struct ModelConfig {
     /// Dropout on attention probabilities, attention output and MLP output. Default 0.
     #[serde(default)]
     pub dropout: f64,
+    /// Whether the latents read a 7×7 summary of the features. Default true, and nothing else is possible: the
+    /// reference fails without it.
+    #[serde(default = "defaults::on")]
+    pub spatial_reduction: bool,
+    /// Attention heads of the four latent stages. Default 1 2 4 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_sa_heads: Option<[i64; 4]>,
+    /// Channels of the latents of stage 1, which must be those of the features there. Default: those.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_latent_channels: Option<i64>,
+    /// Drop-path rate of the last residual block; it grows evenly from 0 at the first. Default: 0.2 in ResNet.
+    /// The other families have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_path: Option<f64>,
+    /// Dropout before the last layer of the classifiers of the features: in ResNet of the `cnn` exit, in
+    /// MobileNetV3 of `cnn` and `merge`. Default: 0.2 in both. RegNetY has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dropout: Option<f64>,
 }
 
 /// Field defaults that are not the type's own.
@@ -75,6 +93,11 @@ impl ModelConfig {
             with_dwc: true,
             with_isc: true,
             dropout: 0.0,
+            spatial_reduction: true,
+            num_sa_heads: None,
+            num_latent_channels: None,
+            drop_path: None,
+            head_dropout: None,
         }
     }
 }
@@ -97,6 +120,8 @@ pub struct Architecture {
     pub(crate) tokens: [i64; 4],
     /// Self-attention layers in each stage.
     pub(crate) layers: [usize; 4],
+    /// Attention heads in each stage.
+    pub(crate) heads: [i64; 4],
     pub(crate) sa_widening_factor: i64,
     pub(crate) with_last_ca: bool,
     pub(crate) with_x2z: bool,
@@ -104,6 +129,8 @@ pub struct Architecture {
     pub(crate) with_dwc: bool,
     pub(crate) with_isc: bool,
     pub(crate) dropout: f64,
+    pub(crate) drop_path: f64,
+    pub(crate) head_dropout: f64,
 }
 
 impl Architecture {
@@ -123,50 +150,29 @@ impl TryFrom<&ModelConfig> for Architecture {
 
     /// Reports all problems at once.
     fn try_from(config: &ModelConfig) -> Result<Architecture, ConfigError> {
-        let mut problems = Vec::new();
-        let mut require = |holds: bool, problem: String| {
-            if !holds {
-                problems.push(problem);
-            }
-        };
+        let mut problems = Problems::default();
         let variant = variant(&config.name);
-        require(
-            variant.is_some(),
-            format!("name = {:?} is not a known variant; choose one of {}", config.name, names()),
-        );
-        require(
-            (2..=1_000_000).contains(&config.classes),
-            format!("classes = {} must be from 2 to 1000000", config.classes),
-        );
-        require(
-            (32..=4096).contains(&config.input_size),
-            format!(
-                "input_size = {} must be from 32 to 4096 (the stages halve it five times)",
-                config.input_size
-            ),
-        );
-        let depth_factor = config.depth_factor.unwrap_or(PUBLISHED_DEPTH_FACTOR);
-        require(
-            depth_factor.iter().all(|factor| (1..=64).contains(factor)),
-            format!("depth_factor = {depth_factor:?} must be four numbers from 1 to 64"),
-        );
-        require(
-            (1..=64).contains(&config.sa_widening_factor),
-            format!("sa_widening_factor = {} must be from 1 to 64", config.sa_widening_factor),
-        );
-        require(
-            (0.0..1.0).contains(&config.dropout),
-            format!("dropout = {} must be at least 0 and below 1", config.dropout),
-        );
-        let (Some(variant), true) = (variant, problems.is_empty()) else {
-            return Err(ConfigError { problems });
+        problems.require(variant.is_some(), || {
+            let known = variant_names().join(", ");
+            format!("name = {:?} is not a known variant; choose one of {known}", config.name)
+        });
+        problems.require_sizes(config);
+        problems.require_rates(config);
+        if let Some(variant) = &variant {
+            problems.require_of_backbone(config, &variant.backbone);
+        }
+        let (Some(variant), true) = (variant, problems.0.is_empty()) else {
+            return Err(ConfigError { problems: problems.0 });
         };
+        let family = variant.backbone.family();
+        let depth_factor = config.depth_factor.unwrap_or(family.depth_factor);
         Ok(Architecture {
-            backbone: BackboneSpec::RegNet(*variant.backbone),
+            backbone: variant.backbone,
             classes: config.classes,
             input_size: config.input_size,
             tokens: [1, 2, 4, 8].map(|fold| variant.tokens / fold),
             layers: std::array::from_fn(|stage| LAYERS[stage] * depth_factor[stage]),
+            heads: config.num_sa_heads.unwrap_or(HEADS),
             sa_widening_factor: config.sa_widening_factor,
             with_last_ca: config.with_last_ca,
             with_x2z: config.with_x2z,
@@ -174,6 +180,8 @@ impl TryFrom<&ModelConfig> for Architecture {
             with_dwc: config.with_dwc,
             with_isc: config.with_isc,
             dropout: config.dropout,
+            drop_path: config.drop_path.unwrap_or(family.drop_path),
+            head_dropout: config.head_dropout.unwrap_or(family.head_dropout),
         })
     }
 }
@@ -181,51 +189,92 @@ impl TryFrom<&ModelConfig> for Architecture {
 /// Self-attention layers of the four stages at depth factor 1; independent of the CNN's depth.
 const LAYERS: [usize; 4] = [3, 3, 9, 3];
 
-/// The depth factor of the published RegNetY recipe.
-const PUBLISHED_DEPTH_FACTOR: [usize; 4] = [1, 1, 1, 2];
+/// The published attention heads of the four stages.
+const HEADS: [i64; 4] = [1, 2, 4, 8];
 
-/// A published network: its backbone and its number of latent tokens.
-#[derive(Debug, Clone, Copy)]
-struct Variant {
-    backbone: &'static RegNetSpec,
-    tokens: i64,
-}
+/// What has been found wrong, each naming its field.
+#[derive(Debug, Default)]
+struct Problems(Vec<String>);
 
-/// The token counts that are registered for each backbone.
-const VARIANTS: [(&str, &RegNetSpec, &[i64]); 4] = [
-    ("reg400m", &REGNETY_400MF, &[32, 64, 128, 256, 512]),
-    ("reg800m", &REGNETY_800MF, &[32, 64, 128, 256, 512]),
-    ("reg1x6g", &REGNETY_1_6GF, &[128, 256, 512]),
-    ("reg3x2g", &REGNETY_3_2GF, &[128, 256, 512]),
-];
+impl Problems {
+    fn require(&mut self, holds: bool, problem: impl FnOnce() -> String) {
+        if !holds {
+            self.0.push(problem());
+        }
+    }
 
-const REGNETY_400MF: RegNetSpec =
-    RegNetSpec { widths: [48, 104, 208, 440], depths: [1, 3, 6, 6], group_width: 8 };
-const REGNETY_800MF: RegNetSpec =
-    RegNetSpec { widths: [64, 144, 320, 784], depths: [1, 3, 8, 2], group_width: 16 };
-const REGNETY_1_6GF: RegNetSpec =
-    RegNetSpec { widths: [48, 120, 336, 888], depths: [2, 6, 17, 2], group_width: 24 };
-const REGNETY_3_2GF: RegNetSpec =
-    RegNetSpec { widths: [72, 216, 576, 1512], depths: [2, 5, 13, 1], group_width: 24 };
+    /// What any network needs.
+    fn require_sizes(&mut self, config: &ModelConfig) {
+        let ModelConfig { classes, input_size, sa_widening_factor, depth_factor, .. } = config;
+        self.require((2..=1_000_000).contains(classes), || {
+            format!("classes = {classes} must be from 2 to 1000000")
+        });
+        self.require((32..=4096).contains(input_size), || {
+            format!(
+                "input_size = {input_size} must be from 32 to 4096 (the stages halve it five times)"
+            )
+        });
+        if let Some(factors) = depth_factor {
+            self.require(factors.iter().all(|factor| (1..=64).contains(factor)), || {
+                format!("depth_factor = {factors:?} must be four numbers from 1 to 64")
+            });
+        }
+        self.require((1..=64).contains(sa_widening_factor), || {
+            format!("sa_widening_factor = {sa_widening_factor} must be from 1 to 64")
+        });
+        self.require(config.spatial_reduction, || {
+            "spatial_reduction = false is not possible: the learned key offsets of the latents' \
+             reading have one place for each of 7×7 cells (the reference fails too); leave it true"
+                .to_owned()
+        });
+    }
 
-/// Finds a variant by its published name.
-fn variant(name: &str) -> Option<Variant> {
-    let (backbone_name, tokens) = name.split_once("_perceiver_t")?;
-    let (_, backbone, counts) = VARIANTS.iter().find(|(known, ..)| *known == backbone_name)?;
-    let tokens = counts.iter().copied().find(|count| count.to_string() == tokens)?;
-    Some(Variant { backbone, tokens })
-}
+    fn require_rates(&mut self, config: &ModelConfig) {
+        let rates = [
+            ("dropout", Some(config.dropout)),
+            ("drop_path", config.drop_path),
+            ("head_dropout", config.head_dropout),
+        ];
+        for (field, rate) in rates {
+            self.require(rate.is_none_or(|rate| (0.0..1.0).contains(&rate)), || {
+                format!("{field} = {} must be at least 0 and below 1", rate.unwrap_or_default())
+            });
+        }
+    }
 
-/// The names of all variants, in the order of the table.
-pub fn variant_names() -> Vec<String> {
-    let names_of = |(backbone, _, counts): &(&str, &RegNetSpec, &[i64])| {
-        counts.iter().map(|count| format!("{backbone}_perceiver_t{count}")).collect::<Vec<_>>()
-    };
-    VARIANTS.iter().flat_map(names_of).collect()
-}
-
-fn names() -> String {
-    variant_names().join(", ")
+    /// What depends on the backbone.
+    fn require_of_backbone(&mut self, config: &ModelConfig, backbone: &BackboneSpec) {
+        let (widths, family) = (backbone.widths(), backbone.family());
+        let name = family.name;
+        if let Some(heads) = config.num_sa_heads {
+            let divide = heads
+                .iter()
+                .zip(widths)
+                .all(|(heads, width)| (1..=width).contains(heads) && width % heads == 0);
+            self.require(divide, || {
+                format!(
+                    "num_sa_heads = {heads:?} must divide the latents' channels, {:?}",
+                    &widths[..4]
+                )
+            });
+        }
+        if let Some(channels) = config.num_latent_channels {
+            self.require(channels == widths[0], || {
+                format!(
+                    "num_latent_channels = {channels} must be the {} channels of the features of \
+                     stage 1, which the latents exchange with; leave it out",
+                    widths[0]
+                )
+            });
+        }
+        let drops = |rate: Option<f64>| rate.is_some_and(|rate| rate > 0.0);
+        self.require(!drops(config.drop_path) || family.drop_path > 0.0, || {
+            format!("drop_path needs ResNet: the blocks of {name} have no drop-path; leave it out")
+        });
+        self.require(!drops(config.head_dropout) || family.head_dropout > 0.0, || {
+            format!("head_dropout needs ResNet or MobileNetV3: {name} has none; leave it out")
+        });
+    }
 }
 
 #[cfg(test)]
@@ -235,7 +284,7 @@ mod tests {
     #[test]
     fn every_variant_of_the_table_is_a_network() {
         let names = variant_names();
-        assert_eq!(names.len(), 16);
+        assert_eq!(names.len(), 56);
         for name in names {
             Architecture::try_from(&ModelConfig::published(&name)).unwrap();
         }
@@ -263,6 +312,50 @@ mod tests {
         {
             assert!(error.to_string().contains(field), "{field} in {error}");
         }
+    }
+
+    #[test]
+    fn families_have_their_published_depths_and_regularisation() {
+        let network = |name: &str| Architecture::try_from(&ModelConfig::published(name)).unwrap();
+        let resnet = network("resnet50_0375_perceiver_t128");
+        assert_eq!(resnet.layers, [3, 3, 9, 3]);
+        assert_eq!([resnet.drop_path, resnet.head_dropout], [0.2, 0.2]);
+        let mobilenet = network("mobilenetV3_0x75_perceiver_t128");
+        assert_eq!(mobilenet.layers, [3, 3, 9, 9]);
+        assert_eq!([mobilenet.drop_path, mobilenet.head_dropout], [0.0, 0.2]);
+        let regnet = network("reg800m_perceiver_t128");
+        assert_eq!([regnet.drop_path, regnet.head_dropout], [0.0, 0.0]);
+    }
+
+    #[test]
+    fn what_a_family_cannot_do_is_refused_by_field() {
+        let refused = |field: &str, config: ModelConfig| {
+            let error = Architecture::try_from(&config).unwrap_err();
+            assert_eq!(error.problems.len(), 1, "{error}");
+            assert!(error.problems[0].starts_with(field), "{field} in {error}");
+        };
+        let published = ModelConfig::published;
+        let regnet = || published("reg800m_perceiver_t128");
+        refused("spatial_reduction", ModelConfig { spatial_reduction: false, ..regnet() });
+        refused("num_sa_heads", ModelConfig { num_sa_heads: Some([3, 2, 4, 8]), ..regnet() });
+        refused("num_sa_heads", ModelConfig { num_sa_heads: Some([0, 2, 4, 8]), ..regnet() });
+        refused("num_latent_channels", ModelConfig { num_latent_channels: Some(64), ..regnet() });
+        refused("drop_path", ModelConfig { drop_path: Some(0.1), ..regnet() });
+        refused("head_dropout", ModelConfig { head_dropout: Some(0.1), ..regnet() });
+        let mobilenet = || published("mobilenetV3_perceiver_t128");
+        refused("drop_path", ModelConfig { drop_path: Some(0.1), ..mobilenet() });
+        refused(
+            "drop_path",
+            ModelConfig { drop_path: Some(1.0), ..published("resnet18_perceiver_t128") },
+        );
+        let allowed = ModelConfig {
+            num_sa_heads: Some([2, 4, 8, 16]),
+            num_latent_channels: Some(32),
+            drop_path: Some(0.0),
+            head_dropout: Some(0.0),
+            ..regnet()
+        };
+        assert_eq!(Architecture::try_from(&allowed).unwrap().heads, [2, 4, 8, 16]);
     }
 
     #[test]

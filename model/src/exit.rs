@@ -5,7 +5,7 @@
 use tch::{Kind, Tensor};
 
 use crate::init::Init;
-use crate::layers::{BatchNorm, Linear, Mode};
+use crate::layers::{BatchNorm, Dropout, Linear, Mode};
 use crate::params::Scope;
 
 /// Names of the exits, in their order everywhere: outputs, losses, accuracies, costs.
@@ -69,28 +69,83 @@ impl KnowledgeTransfer {
     }
 }
 
+/// A classifier of features: one layer, or two with a hard swish and dropout between them.
+#[derive(Debug)]
+pub(crate) struct FeatureClassifier {
+    hidden: Option<(Linear, Dropout)>,
+    classify: Linear,
+}
+
+/// Sizes of a [`FeatureClassifier`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ClassifierSize {
+    pub(crate) inputs: i64,
+    /// Width and dropout of the hidden layer, if there is one.
+    pub(crate) hidden: Option<(i64, f64)>,
+    pub(crate) classes: i64,
+}
+
+impl FeatureClassifier {
+    /// Two layers are `first` and `first + 3` of a sequence; one layer has the name `single`.
+    fn new(
+        scope: &Scope<'_, '_>,
+        size: ClassifierSize,
+        first: usize,
+        single: impl FnOnce() -> Linear,
+    ) -> FeatureClassifier {
+        let Some((width, rate)) = size.hidden else {
+            return FeatureClassifier { hidden: None, classify: single() };
+        };
+        let widen = Linear::new(&(scope / &first.to_string()), size.inputs, width);
+        let dropout = Dropout::new(scope, "dropout", rate);
+        let classify = Linear::new(&(scope / &(first + 3).to_string()), width, size.classes);
+        FeatureClassifier { hidden: Some((widen, dropout)), classify }
+    }
+
+    /// The CNN's own classifier. In RegNetY it starts closer to zero than the others.
+    pub(crate) fn of_cnn(
+        scope: &Scope<'_, '_>,
+        size: ClassifierSize,
+        near_zero: bool,
+    ) -> FeatureClassifier {
+        let ClassifierSize { inputs, classes, .. } = size;
+        FeatureClassifier::new(scope, size, 0, || {
+            if near_zero {
+                Linear::with_init(scope, inputs, classes, Init::normal(0.01), Init::Zeros)
+            } else {
+                Linear::new(scope, inputs, classes)
+            }
+        })
+    }
+
+    /// `[B, C]` to `[B, K]`.
+    pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
+        match &self.hidden {
+            Some((widen, dropout)) => {
+                let hidden = dropout.forward(widen.forward(x).hardswish(), mode);
+                self.classify.forward(&hidden)
+            }
+            None => self.classify.forward(x),
+        }
+    }
+}
+
 /// The classifier that sees both branches.
 #[derive(Debug)]
 pub(crate) struct MergeClassifier {
     norm: BatchNorm,
-    classify: Linear,
+    classify: FeatureClassifier,
 }
 
 impl MergeClassifier {
-    pub(crate) fn new(scope: &Scope<'_, '_>, width: i64, classes: i64) -> MergeClassifier {
-        MergeClassifier {
-            norm: BatchNorm::new(&(scope / "0"), width),
-            classify: Linear::new(&(scope / "1"), width, classes),
-        }
+    pub(crate) fn new(scope: &Scope<'_, '_>, size: ClassifierSize) -> MergeClassifier {
+        let norm = BatchNorm::new(&(scope / "0"), size.inputs);
+        let single = || Linear::new(&(scope / "1"), size.inputs, size.classes);
+        MergeClassifier { norm, classify: FeatureClassifier::new(scope, size, 1, single) }
     }
 
     /// `[B, C]` to `[B, K]`.
     pub(crate) fn forward(&self, joint: &Tensor, mode: Mode) -> Tensor {
-        self.classify.forward(&self.norm.forward(joint, mode))
+        self.classify.forward(&self.norm.forward(joint, mode), mode)
     }
-}
-
-/// The CNN's own classifier, which starts closer to zero than the others.
-pub(crate) fn cnn_classifier(scope: &Scope<'_, '_>, width: i64, classes: i64) -> Linear {
-    Linear::with_init(scope, width, classes, Init::normal(0.01), Init::Zeros)
 }

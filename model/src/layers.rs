@@ -46,10 +46,11 @@ impl Linear {
         inputs: i64,
         outputs: i64,
         weight: Init,
+        bias: Init,
     ) -> Linear {
         let stored = [outputs, inputs, 1, 1];
         let weight = scope.reshaped("weight", &stored, &[outputs, inputs], weight);
-        Linear { weight, bias: Some(scope.param("bias", &[outputs], Init::fan_in(inputs))) }
+        Linear { weight, bias: Some(scope.param("bias", &[outputs], bias)) }
     }
 
     /// Without bias.
@@ -93,26 +94,47 @@ impl LayerNorm {
     }
 }
 
-/// Normalises each channel of `[B, C, H, W]` or `[B, C]`: eps 1e-5, momentum 0.1, affine.
+/// Constants of a [`BatchNorm`], and how its scale starts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct NormConstants {
+    pub(crate) epsilon: f64,
+    pub(crate) momentum: f64,
+    pub(crate) scale: Init,
+}
+
+impl NormConstants {
+    /// PyTorch's: eps 1e-5, momentum 0.1, scale 1.
+    pub(crate) const DEFAULT: NormConstants =
+        NormConstants { epsilon: 1e-5, momentum: 0.1, scale: Init::Ones };
+}
+
+/// Normalises each channel of `[B, C, H, W]` or `[B, C]`, affine.
 #[derive(Debug)]
 pub(crate) struct BatchNorm {
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
+    constants: NormConstants,
 }
 
 impl BatchNorm {
-    const EPSILON: f64 = 1e-5;
-    const MOMENTUM: f64 = 0.1;
-
+    /// With PyTorch's constants.
     pub(crate) fn new(scope: &Scope<'_, '_>, width: i64) -> BatchNorm {
-        let weight = scope.param("weight", &[width], Init::Ones);
+        BatchNorm::with_constants(scope, width, NormConstants::DEFAULT)
+    }
+
+    pub(crate) fn with_constants(
+        scope: &Scope<'_, '_>,
+        width: i64,
+        constants: NormConstants,
+    ) -> BatchNorm {
+        let weight = scope.param("weight", &[width], constants.scale);
         let bias = scope.param("bias", &[width], Init::Zeros);
         let running_mean = scope.buffer("running_mean", &[width], Init::Zeros);
         let running_var = scope.buffer("running_var", &[width], Init::Ones);
         scope.counter("num_batches_tracked");
-        BatchNorm { weight, bias, running_mean, running_var }
+        BatchNorm { weight, bias, running_mean, running_var, constants }
     }
 
     /// In training the running statistics, which are views of the flat buffers, move in place.
@@ -123,8 +145,8 @@ impl BatchNorm {
             Some(&self.running_mean),
             Some(&self.running_var),
             matches!(mode, Mode::Train(_)),
-            BatchNorm::MOMENTUM,
-            BatchNorm::EPSILON,
+            self.constants.momentum,
+            self.constants.epsilon,
             true,
         )
     }
@@ -156,6 +178,22 @@ impl ConvSize {
         ConvSize { inputs, outputs, kernel: 1, stride: 1, groups: 1 }
     }
 
+    /// Each channel by itself.
+    pub(crate) fn depthwise(width: i64, kernel: i64, stride: i64) -> ConvSize {
+        ConvSize { inputs: width, outputs: width, kernel, stride, groups: width }
+    }
+
+    /// Height or width after it, from that before it: `⌈side/stride⌉`.
+    pub(crate) fn side_after(self, side: i64) -> i64 {
+        (side + self.stride - 1) / self.stride
+    }
+
+    /// Multiply–accumulates on an input of this height and width.
+    pub(crate) fn macs(self, side: i64) -> i64 {
+        let weights: i64 = self.weight_shape().iter().product();
+        weights * self.side_after(side).pow(2)
+    }
+
     /// Inputs that one output sees: PyTorch's fan-in.
     fn fan_in(self) -> i64 {
         self.inputs / self.groups * self.kernel * self.kernel
@@ -182,6 +220,16 @@ impl Conv2d {
     fn assemble(weight: Tensor, bias: Option<Tensor>, size: ConvSize) -> Conv2d {
         let ConvSize { kernel, stride, groups, .. } = size;
         Conv2d { weight, bias, stride, padding: (kernel - 1) / 2, groups }
+    }
+
+    /// `[outputs, inputs/groups, kernel, kernel]`.
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// `[outputs]`, if it has one.
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 
     /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
@@ -215,6 +263,28 @@ impl Dropout {
                 let options = (x.kind(), x.device());
                 let mask = draws.dropout_mask(self.site, self.rate, &x.size(), options);
                 x * mask
+            }
+            Mode::Train(_) | Mode::Eval => x,
+        }
+    }
+}
+
+/// Stochastic depth (arXiv:1603.09382): drops a residual branch of whole samples.
+#[derive(Debug)]
+pub(crate) struct DropPath(Dropout);
+
+impl DropPath {
+    /// Draws under the name of its block.
+    pub(crate) fn new(scope: &Scope<'_, '_>, rate: f64) -> DropPath {
+        DropPath(Dropout::new(scope, "drop_path", rate))
+    }
+
+    /// `[B, C, H, W]` to the same: in training each sample is 0 or divided by the probability to stay.
+    pub(crate) fn forward(&self, x: Tensor, mode: Mode) -> Tensor {
+        match mode {
+            Mode::Train(draws) if self.0.rate > 0.0 => {
+                let (size, options) = ([x.size()[0], 1, 1, 1], (x.kind(), x.device()));
+                x * draws.dropout_mask(self.0.site, self.0.rate, &size, options)
             }
             Mode::Train(_) | Mode::Eval => x,
         }

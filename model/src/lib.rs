@@ -16,8 +16,11 @@ mod exit;
 mod init;
 mod latent;
 mod layers;
+mod variants;
 
 pub mod config;
+pub mod cost;
+pub mod dynamic;
 pub mod ema;
 pub mod loss;
 pub mod net;
@@ -25,7 +28,8 @@ pub mod optimizer;
 pub mod params;
 pub mod schedule;
 
-pub use config::{Architecture, ConfigError, ModelConfig, variant_names};
+pub use config::{Architecture, ConfigError, ModelConfig};
+pub use cost::{Cost, StageSize};
 pub use draws::Draws;
 pub use ema::Ema;
 pub use exit::{EXIT_NAMES, Exits};
@@ -34,3 +38,4 @@ pub use net::{GradientError, Network};
 pub use optimizer::{AdamW, AdamWConfig, Update, clip_norm, global_norm};
 pub use params::{Entry, Layout, Role, ValueError, Weights};
 pub use schedule::{Schedule, ScheduleConfig, ScheduleError};
+pub use variants::variant_names;

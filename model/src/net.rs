@@ -10,20 +10,17 @@ use std::cell::RefCell;
 
 use tch::Tensor;
 
-use crate::backbone::Backbone;
+use crate::backbone::{Backbone, BackboneSpec, HeadPlace};
 use crate::config::Architecture;
 use crate::draws::Draws;
 use crate::exchange::{FeatureWrite, LatentRead};
-use crate::exit::{Exits, KnowledgeTransfer, MergeClassifier, cnn_classifier};
+use crate::exit::{ClassifierSize, Exits, FeatureClassifier, KnowledgeTransfer, MergeClassifier};
 use crate::init::Init;
 use crate::latent::{LatentSize, LatentStage, LatentTransition};
-use crate::layers::{Linear, Mode};
+use crate::layers::{Dropout, Linear, Mode};
 use crate::params::{Registry, Scope, Weights};
 
 pub use libtorch::ShimError as GradientError;
-
-/// Attention heads of the latent stages.
-const HEADS: [i64; 4] = [1, 2, 4, 8];
 
 /// A Dynamic Perceiver over some [`Weights`].
 ///
@@ -44,7 +41,9 @@ pub(crate) struct Parts {
     last_write: Option<FeatureWrite>,
     classify_early: Linear,
     classify_att: Linear,
-    classify_cnn: Linear,
+    /// Of the pooled features, before `classify_cnn`; in ResNet only.
+    dropout_pooled: Dropout,
+    classify_cnn: FeatureClassifier,
     classify_merge: MergeClassifier,
     /// From exit `early3` to `att`, and from `att` to `merge`.
     transfer: Option<[KnowledgeTransfer; 2]>,
@@ -75,12 +74,22 @@ impl Network {
         let [c1, c2, c3, c4, cout] = a.backbone.widths();
         let latent =
             root.param("latent", &[a.tokens[0], c1], Init::Normal { std: 0.02, limit: 2.0 });
-        let backbone = Backbone::new(root, &a.backbone);
+        let backbone = Backbone::new(root, &a.backbone, a.drop_path);
+        let hidden = a.backbone.head_hidden().map(|width| (width, a.head_dropout));
+        let head = |inputs: i64| ClassifierSize { inputs, hidden, classes: a.classes };
+        let near_zero = matches!(a.backbone, BackboneSpec::RegNet(_));
+        // Each family has the classifier of the features at another place of its state dict.
+        let cnn_if_at = |place: HeadPlace| {
+            (a.backbone.family().head_place == place).then(|| {
+                FeatureClassifier::of_cnn(&(root / "classifier_cnn"), head(cout), near_zero)
+            })
+        };
+        let cnn_first = cnn_if_at(HeadPlace::Backbone);
         let stages = std::array::from_fn(|stage| Stage::new(root, a, stage));
         let last_write = a
             .with_last_ca
             .then(|| FeatureWrite::new(&(root / "last_cross_att_z2x"), cout, c4, a.dropout));
-        let classify_cnn = cnn_classifier(&(root / "classifier_cnn"), cout, a.classes);
+        let cnn_second = cnn_if_at(HeadPlace::LastWrite);
         let classify_early = Linear::new(&(root / "early_classifier3"), c3, a.classes);
         let transferred = if a.with_isc { c4 } else { 0 };
         let transfer =
@@ -88,10 +97,13 @@ impl Network {
         let to_att = transfer("isc3");
         let classify_att = Linear::new(&(root / "classifier_att"), c4 + transferred, a.classes);
         let to_merge = transfer("isc4");
-        let merge_width = cout + c4 + transferred;
+        let cnn_third = cnn_if_at(HeadPlace::Transfers);
+        let classify_cnn = cnn_first.or(cnn_second).or(cnn_third).expect("it has one place");
         let classify_merge =
-            MergeClassifier::new(&(root / "classifier_merge"), merge_width, a.classes);
+            MergeClassifier::new(&(root / "classifier_merge"), head(cout + c4 + transferred));
         let transitions = LatentTransition::all(root, a.tokens, [c1, c2, c3, c4]);
+        let rate_pooled = if hidden.is_none() { a.head_dropout } else { 0.0 };
+        let dropout_pooled = Dropout::new(&(root / "classifier_cnn"), "dropout", rate_pooled);
         Parts {
             latent,
             backbone,
@@ -100,6 +112,7 @@ impl Network {
             last_write,
             classify_early,
             classify_att,
+            dropout_pooled,
             classify_cnn,
             classify_merge,
             transfer: to_att.zip(to_merge).map(<[_; 2]>::from),
@@ -150,7 +163,7 @@ impl Stage {
         let size = LatentSize {
             layers: a.layers[stage],
             width,
-            heads: HEADS[stage],
+            heads: a.heads[stage],
             widening: a.sa_widening_factor,
             dropout: a.dropout,
         };
@@ -174,7 +187,7 @@ impl Stage {
 
 impl Parts {
     fn forward(&self, images: &Tensor, mode: Mode) -> Exits {
-        let x = self.backbone.stem(images, mode); // [B, C1, H, W]
+        let x = self.backbone.stem(&channels_last(images), mode); // [B, C1, H, W]
         let z = self.latent.expand([images.size()[0], -1, -1], false); // [B, N, C1]
         let (z, x) = self.stages[0].forward(z, x, mode);
         let x = self.backbone.stage(0, &x, mode); // [B, C2, H/2, W/2]
@@ -198,8 +211,9 @@ impl Parts {
         let att = self.classify_att.forward(&att); // [B, K]
         let x = self.backbone.stage(3, &x, mode); // [B, Cout, H/16, W/16]
 
-        let mut pooled = average(&x); // [B, Cout]
-        let cnn = self.classify_cnn.forward(&pooled); // [B, K]
+        // Without a last write the merge exit sees what dropout left, as in the reference (SPEC §17, Q12).
+        let mut pooled = self.dropout_pooled.forward(average(&x), mode); // [B, Cout]
+        let cnn = self.classify_cnn.forward(&pooled, mode); // [B, K]
         if let Some(write) = &self.last_write {
             pooled = average(&write.forward(&x, &z, mode));
         }
@@ -210,6 +224,14 @@ impl Parts {
         let merge = self.classify_merge.forward(&merge, mode); // [B, K]
         Exits { early3, att, cnn, merge }
     }
+}
+
+/// The same `[B, 3, H, W]` with the channels of a pixel beside each other in memory.
+///
+/// Every convolution keeps this layout, in which the features of a place are one token, so that the exchange with
+/// the latents copies nothing and the CPU's convolutions need no reordering.
+fn channels_last(images: &Tensor) -> Tensor {
+    images.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }
 
 /// `[B, N, C]` to `[B, C]`.

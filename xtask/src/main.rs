@@ -13,6 +13,7 @@ mod bench;
 mod ci;
 mod demo;
 mod lint;
+mod parity;
 mod process;
 mod setup;
 mod test;
@@ -42,6 +43,8 @@ enum Task {
     Lint,
     /// What a change must pass: lint, then test.
     Ci,
+    /// Compare what is built here with a folder of the reference's numbers.
+    Parity(parity::Options),
     /// Check what no lint can: layout, sizes, dependency arrows, links.
     Tidy,
     /// Read the built-in shards with the Python library webdataset.
@@ -70,6 +73,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Test => test::run(&workspace),
         Task::Lint => lint::run(&workspace),
         Task::Ci => ci::run(&workspace),
+        Task::Parity(options) => parity::run(&workspace, options),
         Task::Tidy => tidy::run(&workspace),
         Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),

@@ -1,16 +1,20 @@
-//! RegNetY (Radosavovic et al., arXiv:2003.13678), as Dyn-Perceiver uses it: stem of width 32 without pooling,
-//! bottleneck ratio 1, squeeze-and-excitation of a quarter of the block's input width.
+//! RegNetY (Radosavovic et al., arXiv:2003.13678), as Dyn-Perceiver uses it (SPEC §3.1): stem of width 32
+//! without pooling, bottleneck ratio 1, squeeze-and-excitation of a quarter of the block's input width.
 //!
 //! Axes: B batch, C channels, H and W height and width.
 
 use tch::Tensor;
 
-use crate::init::Init;
-use crate::layers::{BatchNorm, Conv2d, ConvSize, Linear, Mode};
+use super::blocks::{ConvNorm, Gate, SqueezeExcite};
+use crate::cost::Tally;
+use crate::layers::{ConvSize, Mode, NormConstants};
 use crate::params::Scope;
 
 /// Channels after the stem.
-pub(crate) const STEM_WIDTH: i64 = 32;
+const STEM_WIDTH: i64 = 32;
+
+/// The stem's convolution.
+const STEM: ConvSize = ConvSize { inputs: 3, outputs: STEM_WIDTH, kernel: 3, stride: 2, groups: 1 };
 
 /// The sizes of a RegNetY.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +27,32 @@ pub(crate) struct RegNetSpec {
     pub(crate) group_width: i64,
 }
 
+impl RegNetSpec {
+    /// C1 to C4, and Cout.
+    pub(crate) fn widths(&self) -> [i64; 5] {
+        let [first, second, third, last] = self.widths;
+        [STEM_WIDTH, first, second, third, last]
+    }
+
+    /// The blocks of a stage, counted from 0.
+    fn blocks(&self, stage: usize) -> impl Iterator<Item = BlockSize> {
+        let [before, outputs] = [self.widths()[stage], self.widths()[stage + 1]];
+        let groups = outputs / self.group_width;
+        (0..self.depths[stage]).map(move |index| match index {
+            0 => BlockSize { inputs: before, outputs, stride: 2, groups },
+            _ => BlockSize { inputs: outputs, outputs, stride: 1, groups },
+        })
+    }
+
+    pub(crate) fn tally_stem(&self, tally: &mut Tally) {
+        tally.convolution(STEM);
+    }
+
+    pub(crate) fn tally_stage(&self, stage: usize, tally: &mut Tally) {
+        self.blocks(stage).for_each(|block| block.tally(tally));
+    }
+}
+
 /// A RegNetY.
 #[derive(Debug)]
 pub(crate) struct RegNet {
@@ -32,23 +62,14 @@ pub(crate) struct RegNet {
 
 impl RegNet {
     pub(crate) fn new(root: &Scope<'_, '_>, spec: &RegNetSpec) -> RegNet {
-        let size = ConvSize { inputs: 3, outputs: STEM_WIDTH, kernel: 3, stride: 2, groups: 1 };
-        let stem = ConvNorm::new(&(root / "cnn_stem"), size);
-        let mut width = STEM_WIDTH;
+        let stem = ConvNorm::new(&(root / "cnn_stem"), STEM, NormConstants::DEFAULT);
         let stages = std::array::from_fn(|stage| {
             let number = stage + 1;
             let scope = &(root / "cnn_body") / &format!("block{number}");
-            let block = |index: usize| {
-                let outputs = spec.widths[stage];
-                let block = BlockSize {
-                    inputs: std::mem::replace(&mut width, outputs),
-                    outputs,
-                    stride: if index == 0 { 2 } else { 1 },
-                    groups: outputs / spec.group_width,
-                };
-                Block::new(&(&scope / &format!("block{number}-{index}")), block)
+            let block = |(index, size): (usize, BlockSize)| {
+                Block::new(&(&scope / &format!("block{number}-{index}")), size)
             };
-            (0..spec.depths[stage]).map(block).collect()
+            spec.blocks(stage).enumerate().map(block).collect()
         });
         RegNet { stem, stages }
     }
@@ -65,32 +86,6 @@ impl RegNet {
     }
 }
 
-/// A convolution without bias, then BatchNorm.
-#[derive(Debug)]
-struct ConvNorm {
-    convolution: Conv2d,
-    norm: BatchNorm,
-}
-
-impl ConvNorm {
-    fn new(scope: &Scope<'_, '_>, size: ConvSize) -> ConvNorm {
-        let init = fan_out(size);
-        ConvNorm {
-            convolution: Conv2d::unbiased(&(scope / "0"), size, init),
-            norm: BatchNorm::new(&(scope / "1"), size.outputs),
-        }
-    }
-
-    fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward(&self.convolution.forward(x), mode)
-    }
-}
-
-/// The reference's fan-out, which it does not divide by the groups.
-fn fan_out(size: ConvSize) -> Init {
-    Init::normal((2.0 / (size.kernel * size.kernel * size.outputs) as f64).sqrt())
-}
-
 /// The sizes of a [`Block`].
 #[derive(Debug, Clone, Copy)]
 struct BlockSize {
@@ -100,10 +95,35 @@ struct BlockSize {
     groups: i64,
 }
 
+impl BlockSize {
+    /// The shortcut's convolution, where the size changes: in the first block of a stage.
+    fn project(self) -> Option<ConvSize> {
+        let size = ConvSize::pointwise(self.inputs, self.outputs);
+        let resized = self.stride != 1 || self.inputs != self.outputs;
+        resized.then_some(ConvSize { stride: self.stride, ..size })
+    }
+
+    /// The body's three convolutions.
+    fn body(self) -> [ConvSize; 3] {
+        let BlockSize { inputs, outputs, stride, groups } = self;
+        let grouped = ConvSize { inputs: outputs, outputs, kernel: 3, stride, groups };
+        [ConvSize::pointwise(inputs, outputs), grouped, ConvSize::pointwise(outputs, outputs)]
+    }
+
+    fn tally(self, tally: &mut Tally) {
+        let [enter, group, leave] = self.body();
+        self.project().iter().for_each(|project| tally.shortcut(*project));
+        tally.convolution(enter);
+        tally.convolution(group);
+        tally.linear(1, self.outputs, quarter(self.inputs));
+        tally.linear(1, quarter(self.inputs), self.outputs);
+        tally.convolution(leave);
+    }
+}
+
 /// Bottleneck with squeeze-and-excitation and a residual (arXiv:2003.13678, Fig. 4).
 #[derive(Debug)]
 struct Block {
-    /// Present where the size changes: in the first block of a stage.
     project: Option<ConvNorm>,
     enter: ConvNorm,
     group: ConvNorm,
@@ -113,21 +133,19 @@ struct Block {
 
 impl Block {
     fn new(scope: &Scope<'_, '_>, size: BlockSize) -> Block {
-        let BlockSize { inputs, outputs, stride, groups } = size;
-        let project = || {
-            let size = ConvSize { stride, ..ConvSize::pointwise(inputs, outputs) };
-            ConvNorm::new(&(scope / "proj"), size)
-        };
-        let resized = stride != 1 || inputs != outputs;
-        let project = resized.then(project); // Precedes `f` in the state dict.
+        let layer =
+            |scope: Scope<'_, '_>, size| ConvNorm::new(&scope, size, NormConstants::DEFAULT);
+        // Precedes `f` in the state dict.
+        let project = size.project().map(|size| layer(scope / "proj", size));
         let body = scope / "f";
-        let grouped = ConvSize { inputs: outputs, outputs, kernel: 3, stride, groups };
+        let [enter, group, leave] = size.body();
+        let hidden = quarter(size.inputs);
         Block {
             project,
-            enter: ConvNorm::new(&(&body / "a"), ConvSize::pointwise(inputs, outputs)),
-            group: ConvNorm::new(&(&body / "b"), grouped),
-            excite: SqueezeExcite::new(&(&body / "se"), outputs, quarter(inputs)),
-            leave: ConvNorm::new(&(&body / "c"), ConvSize::pointwise(outputs, outputs)),
+            enter: layer(&body / "a", enter),
+            group: layer(&body / "b", group),
+            excite: SqueezeExcite::new(&(&body / "se"), size.outputs, hidden, Gate::Sigmoid),
+            leave: layer(&body / "c", leave),
         }
     }
 
@@ -151,36 +169,6 @@ fn quarter(width: i64) -> i64 {
         3 => whole + 1,
         2 => whole + whole % 2,
         _ => whole,
-    }
-}
-
-/// Scales each channel by a gate computed from all channels' means (arXiv:1709.01507).
-///
-/// The reference has 1×1 convolutions here. On one pixel they are linear layers, which cost far less to call.
-#[derive(Debug)]
-struct SqueezeExcite {
-    squeeze: Linear,
-    excite: Linear,
-}
-
-impl SqueezeExcite {
-    fn new(scope: &Scope<'_, '_>, width: i64, hidden: i64) -> SqueezeExcite {
-        let layer = |name: &str, inputs: i64, outputs: i64| {
-            Linear::of_pixel(
-                &(scope / name),
-                inputs,
-                outputs,
-                fan_out(ConvSize::pointwise(inputs, outputs)),
-            )
-        };
-        SqueezeExcite { squeeze: layer("fc1", width, hidden), excite: layer("fc2", hidden, width) }
-    }
-
-    /// `[B, C, H, W]` to the same.
-    fn forward(&self, x: &Tensor) -> Tensor {
-        let mean = x.mean_dim([2_i64, 3].as_slice(), false, None); // [B, C]
-        let gate = self.excite.forward(&self.squeeze.forward(&mean).relu_()).sigmoid(); // [B, C]
-        x * gate.unsqueeze(-1).unsqueeze(-1)
     }
 }
 

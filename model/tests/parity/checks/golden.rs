@@ -1,54 +1,121 @@
-//! The reference's numbers: where they are, the rule that fills weights and inputs, and how to compare.
+//! The reference's numbers: the rule that fills weights and inputs, and how to measure differences. The rule is
+//! that of the README beside the numbers, its section 1.
 
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use model::{Architecture, Layout, ModelConfig, Role, Weights};
+use model::{Architecture, Layout, ModelConfig, Network, Role, Weights};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-/// The folder with the reference's numbers, if this checkout has one beside it.
-pub(crate) fn folder() -> Option<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/reference/golden");
-    folder.is_dir().then_some(folder)
+/// A folder with numbers of the reference.
+#[derive(Debug)]
+pub(crate) struct Golden {
+    folder: PathBuf,
 }
 
-/// A JSON file of the folder; says so and gives nothing if there is none.
-pub(crate) fn json(file: &str) -> Option<Value> {
-    let path = folder().map(|folder| folder.join(file)).filter(|path| path.is_file());
-    let Some(path) = path else {
-        println!("skipped: no {file} in ../shared/reference/golden beside the repository");
-        return None;
-    };
-    Some(serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+impl Golden {
+    pub(crate) fn at(folder: PathBuf) -> Golden {
+        Golden { folder }
+    }
+
+    pub(crate) fn has(&self, file: &str) -> bool {
+        self.folder.join(file).is_file()
+    }
+
+    /// A file's bytes.
+    pub(crate) fn bytes(&self, file: &str) -> Vec<u8> {
+        fs::read(self.folder.join(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
+    }
+
+    /// A JSON file.
+    pub(crate) fn json(&self, file: &str) -> Value {
+        serde_json::from_slice(&self.bytes(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
+    }
+
+    /// One of the lists of a JSON file; empty if it has none of that name.
+    pub(crate) fn cases(&self, file: &str, key: &str) -> Vec<Value> {
+        match self.json(file)[key].take() {
+            Value::Array(cases) => cases,
+            _ => Vec::new(),
+        }
+    }
 }
 
-/// The cases of a JSON file that are about RegNetY models.
-pub(crate) fn regnet_cases(file: &str, key: &str) -> Vec<Value> {
-    let Some(mut root) = json(file) else { return Vec::new() };
-    let Value::Array(cases) = root[key].take() else { panic!("{file} has no list {key}") };
-    let is_regnet = |case: &Value| case["model"].as_str().unwrap().starts_with("reg");
-    cases.into_iter().filter(is_regnet).collect()
-}
-
-/// The architecture that a case describes.
+/// The network that a case describes, without any dropout, as all stored numbers are.
 pub(crate) fn architecture(case: &Value) -> Architecture {
-    let options = &case["options"];
-    let on = |name: &str| options[name].as_bool().unwrap();
-    let depth: Vec<usize> =
-        numbers(&options["depth_factor"]).into_iter().map(|factor| factor as usize).collect();
-    let config = ModelConfig {
-        depth_factor: Some(depth.try_into().unwrap()),
-        sa_widening_factor: options["SA_widening_factor"].as_i64().unwrap(),
-        with_last_ca: on("with_last_CA"),
-        with_x2z: on("with_x2z"),
-        with_z2x: on("with_z2x"),
-        with_dwc: on("with_dwc"),
-        with_isc: on("with_isc"),
-        ..ModelConfig::published(case["model"].as_str().unwrap())
+    let mut config = ModelConfig {
+        drop_path: Some(0.0),
+        head_dropout: Some(0.0),
+        ..ModelConfig::published(text(&case["model"]))
     };
-    Architecture::try_from(&config).unwrap()
+    if let Some(size) = case["size"].as_i64() {
+        config.input_size = size;
+    }
+    for (name, value) in case["options"].as_object().expect("a case has options") {
+        set_option(&mut config, name, value);
+    }
+    Architecture::try_from(&config).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Sets an option by the name that the reference has for it.
+pub(crate) fn set_option(config: &mut ModelConfig, name: &str, value: &Value) {
+    let on = || value.as_bool().expect("true or false");
+    let count = || value.as_i64().expect("a whole number");
+    if value.is_null() {
+        return; // The reference's way to say "the default".
+    }
+    match name {
+        "depth_factor" => config.depth_factor = Some(four(value).map(|factor| factor as usize)),
+        "num_SA_heads" => config.num_sa_heads = Some(four(value)),
+        "num_latent_channels" => config.num_latent_channels = Some(count()),
+        "SA_widening_factor" => config.sa_widening_factor = count(),
+        "nb_classes" => config.classes = count(),
+        "input_size" => config.input_size = count(),
+        "spatial_reduction" => config.spatial_reduction = on(),
+        "with_last_CA" => config.with_last_ca = on(),
+        "with_x2z" => config.with_x2z = on(),
+        "with_z2x" => config.with_z2x = on(),
+        "with_dwc" => config.with_dwc = on(),
+        "with_isc" => config.with_isc = on(),
+        other => panic!("unknown option {other}"),
+    }
+}
+
+/// Four whole numbers, one a stage.
+fn four(value: &Value) -> [i64; 4] {
+    let stages: Vec<i64> = numbers(value).into_iter().map(|number| number as i64).collect();
+    stages.try_into().expect("one number a stage")
+}
+
+/// The network of a case over filled weights.
+pub(crate) fn build(case: &Value, kind: Kind) -> (Architecture, Weights, Network) {
+    let architecture = architecture(case);
+    let layout = Arc::new(Layout::of(&architecture));
+    let weights = filled_weights(layout, whole(&case["seed"]), kind);
+    let network = Network::new(&architecture, &weights);
+    (architecture, weights, network)
+}
+
+/// A text of a JSON file.
+pub(crate) fn text(value: &Value) -> &str {
+    value.as_str().expect("a text")
+}
+
+/// A whole number of a JSON file that is not negative.
+pub(crate) fn whole(value: &Value) -> u64 {
+    value.as_u64().expect("a whole number")
+}
+
+/// The same as a size.
+pub(crate) fn size(value: &Value) -> usize {
+    whole(value) as usize
+}
+
+/// A number of a JSON file.
+pub(crate) fn number(value: &Value) -> f64 {
+    value.as_f64().expect("a number")
 }
 
 /// FNV-1a 64.
@@ -105,7 +172,7 @@ pub(crate) fn filled_weights(layout: Arc<Layout>, seed: u64, kind: Kind) -> Weig
         let values = filled(seed, &entry.name, &entry.shape);
         weights
             .set_value(&entry.name, &Tensor::from_slice(&values).view(&entry.shape[..]))
-            .unwrap();
+            .expect("it is of the layout");
     }
     weights
 }
@@ -148,7 +215,7 @@ pub(crate) fn mixed_targets(labels: &[i64], classes: i64, kind: Kind) -> Tensor 
 }
 
 pub(crate) fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    value.as_array().expect("a list").iter().map(number).collect()
 }
 
 /// `[l2, sum, probe]` of a tensor, in f64.
@@ -168,7 +235,7 @@ pub(crate) fn statistics_error(found: [f64; 3], expected: &[f64]) -> f64 {
 /// All elements, widened.
 pub(crate) fn widened(tensor: &Tensor) -> Vec<f64> {
     let tensor = tensor.to_kind(Kind::Double).contiguous();
-    libtorch::slice::<f64>(&tensor).unwrap().to_vec()
+    libtorch::slice::<f64>(&tensor).expect("contiguous and f64").to_vec()
 }
 
 /// `‖a - b‖ / ‖b‖`.
@@ -177,28 +244,13 @@ pub(crate) fn relative_distance(a: &[f64], b: &[f64]) -> f64 {
     distance / b.iter().map(|b| b * b).sum::<f64>().sqrt().max(1e-300)
 }
 
-/// The worst of many errors and where it was.
-#[derive(Debug, Default)]
-pub(crate) struct Worst {
-    error: f64,
-    place: String,
-    cases: usize,
+/// The largest absolute value.
+pub(crate) fn max_abs(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |max, value| max.max(value.abs()))
 }
 
-impl Worst {
-    /// Takes an error in units of its tolerance; NaN counts as the worst there is.
-    pub(crate) fn see(&mut self, error: f64, place: impl FnOnce() -> String) {
-        self.cases += 1;
-        if error > self.error || error.is_nan() {
-            self.error = if error.is_nan() { f64::INFINITY } else { error };
-            self.place = place();
-        }
-    }
-
-    /// Prints the worst and fails if it is above `tolerance`.
-    pub(crate) fn must_be_within(&self, tolerance: f64, what: &str) {
-        let Worst { error, place, cases } = self;
-        println!("{what}: {cases} cases, worst {error:.2e} ({place}), tolerance {tolerance:.0e}");
-        assert!(error <= &tolerance, "{what}: {error:.3e} at {place}, tolerance {tolerance:e}");
-    }
+/// The largest difference of two elements at the same place.
+pub(crate) fn difference(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len(), "numbers of elements");
+    a.iter().zip(b).fold(0.0, |max, (a, b)| max.max((a - b).abs()))
 }
