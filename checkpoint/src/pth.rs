@@ -154,9 +154,9 @@ pub fn read(path: &Path) -> Result<Value, PthError> {
 fn read_archive(path: &Path) -> Result<Value, PthFault> {
     let reading = |source| PthFault::Io { attempt: "read", source };
     let file = File::open(path).map_err(reading)?;
-    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(|error| match error {
-        ZipError::InvalidArchive(_) => PthFault::NotZip,
-        other => damaged(&other),
+    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(|error| {
+        let is_other = matches!(error, ZipError::InvalidArchive(_));
+        if is_other { PthFault::NotZip } else { damaged(&error) }
     })?;
     let names = archive.file_names().filter_map(|name| Some(name.ok()?.into_owned()));
     let description = names.into_iter().find(|name| is_description(name));

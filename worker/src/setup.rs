@@ -172,6 +172,7 @@ fn model_config(recipe: &Recipe) -> ModelConfig {
         with_dwc: m.with_dwc,
         with_isc: m.with_isc,
         dropout: m.dropout,
+        ..ModelConfig::published(&m.name)
     }
 }
 

@@ -118,7 +118,14 @@ impl Array {
         match self.dtype {
             Dtype::I64 => Some(i64::from_le_bytes(self.bytes.as_slice().try_into().ok()?)),
             Dtype::I32 => Some(i32::from_le_bytes(self.bytes.as_slice().try_into().ok()?).into()),
-            _ => None,
+            Dtype::F16
+            | Dtype::Bf16
+            | Dtype::F32
+            | Dtype::F64
+            | Dtype::I16
+            | Dtype::I8
+            | Dtype::U8
+            | Dtype::Bool => None,
         }
     }
 }

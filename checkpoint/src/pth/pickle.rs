@@ -194,12 +194,20 @@ impl Machine<'_> {
             _ => (Vec::new(), self.pairs()?),
         };
         let target = *self.stack.last().ok_or_else(|| self.broken("an empty stack"))?;
-        match &mut self.nodes[target] {
-            Node::List(held) if matches!(opcode, b'a' | b'e') => held.extend(items),
-            Node::Dict(held) if matches!(opcode, b's' | b'u') => held.extend(pairs),
-            _ => return Err(self.broken("items for something that holds none")),
+        let of_list = matches!(opcode, b'a' | b'e');
+        if let Node::List(held) = &mut self.nodes[target]
+            && of_list
+        {
+            held.extend(items);
+            return Ok(());
         }
-        Ok(())
+        if let Node::Dict(held) = &mut self.nodes[target]
+            && !of_list
+        {
+            held.extend(pairs);
+            return Ok(());
+        }
+        Err(self.broken("items for something that holds none"))
     }
 
     fn construct(&mut self, opcode: u8) -> Result<(), PthFault> {
@@ -220,12 +228,11 @@ impl Machine<'_> {
             }
             0x81 => {
                 let (_, class) = (self.pop()?, self.pop()?);
-                match &self.nodes[class] {
-                    Node::Global(name) if name == "argparse Namespace" => {
-                        self.push(Node::Object(None))
-                    }
-                    other => Err(refused(other)),
+                let of_settings = matches!(&self.nodes[class], Node::Global(name) if name == "argparse Namespace");
+                if !of_settings {
+                    return Err(refused(&self.nodes[class]));
                 }
+                self.push(Node::Object(None))
             }
             _ => {
                 let (state, target) = (self.pop()?, *self.stack.last().unwrap_or(&usize::MAX));
@@ -297,9 +304,11 @@ impl Machine<'_> {
         let Some(Node::Tuple(items)) = node else {
             return Err(self.broken("a tensor without its shape"));
         };
-        let size = |&id: &Id| match &self.nodes[id] {
-            Node::Int(size) => u64::try_from(*size).map_err(|_| self.broken("a negative size")),
-            _ => Err(self.broken("a size that is no number")),
+        let size = |&id: &Id| {
+            let Node::Int(size) = &self.nodes[id] else {
+                return Err(self.broken("a size that is no number"));
+            };
+            u64::try_from(*size).map_err(|_| self.broken("a negative size"))
         };
         items.iter().map(size).collect()
     }
@@ -323,10 +332,10 @@ impl Machine<'_> {
 
     fn pop_text(&mut self) -> Result<String, PthFault> {
         let id = self.pop()?;
-        match &self.nodes[id] {
-            Node::Text(text) => Ok(text.clone()),
-            _ => Err(self.broken("a name that is no text")),
-        }
+        let Node::Text(text) = &self.nodes[id] else {
+            return Err(self.broken("a name that is no text"));
+        };
+        Ok(text.clone())
     }
 
     fn since_mark(&mut self) -> Result<Vec<Id>, PthFault> {

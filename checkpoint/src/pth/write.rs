@@ -56,10 +56,7 @@ fn write_archive(file: BufWriter<fs::File>, value: &Value) -> io::Result<()> {
 }
 
 fn io_error(error: ZipError) -> io::Error {
-    match error {
-        ZipError::Io(error) => error,
-        other => io::Error::other(other),
-    }
+    if let ZipError::Io(error) = error { error } else { io::Error::other(error) }
 }
 
 /// A pickle in the making, and the arrays it refers to by their place.
