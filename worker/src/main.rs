@@ -6,28 +6,16 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
-use clap::{Args, Parser};
+use clap::Parser;
 use cluster::{Exit, Fingerprint, RunId};
 use libtorch::Precision;
 use tracing_subscriber::EnvFilter;
-use worker::{
-    agent::{self, Options},
-    tool::Tool,
-};
+use worker::agent::{self, Options};
 
-/// One training process of a Percheron run, and the tools that need its network.
+/// One training process of a Percheron run.
 #[derive(Debug, Parser)]
-#[command(name = "percheron-worker", version, args_conflicts_with_subcommands = true)]
-#[command(arg_required_else_help = true)]
+#[command(name = "percheron-worker", version)]
 struct Arguments {
-    #[command(flatten)]
-    training: Option<Training>,
-    #[command(subcommand)]
-    tool: Option<Tool>,
-}
-
-#[derive(Debug, Args)]
-struct Training {
     /// The coordinator, http://HOST:PORT.
     #[arg(long)]
     coordinator: String,
@@ -57,12 +45,7 @@ fn main() -> ExitCode {
         EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let format = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
     format.with_writer(std::io::stderr).init();
-    let ended = match (arguments.tool, arguments.training) {
-        (Some(tool), _) => work_with(tool).map(|()| Exit::Finished),
-        (None, Some(training)) => train(training),
-        (None, None) => Err(anyhow::anyhow!("nothing to do: see --help")),
-    };
-    match ended {
+    match work(arguments) {
         Ok(Exit::Finished | Exit::Released) => ExitCode::SUCCESS,
         Ok(Exit::Refused(reason)) => ends_with(2, &reason),
         Ok(Exit::Failed(reason)) => ends_with(1, &reason),
@@ -76,14 +59,7 @@ fn ends_with(code: u8, reason: &str) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// A tool: one thread, and no run.
-fn work_with(tool: Tool) -> Result<()> {
-    libtorch::init(1)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.context("cannot start the runtime")?.block_on(tool.run())
-}
-
-fn train(arguments: Training) -> Result<Exit> {
+fn work(arguments: Arguments) -> Result<Exit> {
     let run = RunId::try_from(arguments.run).context("--run")?;
     // Before any other thread: libtorch's settings hold for those that come later.
     libtorch::init(arguments.threads as usize).context("--threads")?;
