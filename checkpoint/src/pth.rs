@@ -1,7 +1,7 @@
 //! Files of `torch.save`, without torch and without running what a pickle asks for.
 //!
 //! A file is a zip archive: `PREFIX/data.pkl` says what there is, `PREFIX/data/KEY` holds the storages.
-//! [`read`] makes [`Value`]s of it, [`write`] writes values so that `torch.load(weights_only=True)` reads
+//! [`read`] makes [`Value`]s of it, [`write()`] writes values so that `torch.load(weights_only=True)` reads
 //! them. The official checkpoints are such files.
 
 mod array;

@@ -1,3 +1,5 @@
+//! Reading and writing, damage, and what must never be called.
+
 use std::io::Write as _;
 
 use zip::{ZipWriter, write::SimpleFileOptions};
