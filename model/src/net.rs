@@ -187,7 +187,7 @@ impl Stage {
 
 impl Parts {
     fn forward(&self, images: &Tensor, mode: Mode) -> Exits {
-        let x = self.backbone.stem(&channels_last(images), mode); // [B, C1, H, W]
+        let x = self.backbone.stem(images, mode); // [B, C1, H, W]
         let z = self.latent.expand([images.size()[0], -1, -1], false); // [B, N, C1]
         let (z, x) = self.stages[0].forward(z, x, mode);
         let x = self.backbone.stage(0, &x, mode); // [B, C2, H/2, W/2]
@@ -224,14 +224,6 @@ impl Parts {
         let merge = self.classify_merge.forward(&merge, mode); // [B, K]
         Exits { early3, att, cnn, merge }
     }
-}
-
-/// The same `[B, 3, H, W]` with the channels of a pixel beside each other in memory.
-///
-/// Every convolution keeps this layout, in which the features of a place are one token, so that the exchange with
-/// the latents copies nothing and the CPU's convolutions need no reordering.
-fn channels_last(images: &Tensor) -> Tensor {
-    images.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }
 
 /// `[B, N, C]` to `[B, C]`.
