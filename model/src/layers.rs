@@ -222,16 +222,6 @@ impl Conv2d {
         Conv2d { weight, bias, stride, padding: (kernel - 1) / 2, groups }
     }
 
-    /// `[outputs, inputs/groups, kernel, kernel]`.
-    pub(crate) fn weight(&self) -> &Tensor {
-        &self.weight
-    }
-
-    /// `[outputs]`, if it has one.
-    pub(crate) fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
-    }
-
     /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
