@@ -132,7 +132,7 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
         requests: None,
         progress: Arc::new(Progress::default()),
         keep: Arc::new(KeepAt::default()),
-        told: told_sender,
+        told: Some(told_sender),
         socket: Some(socket),
         training: None,
         secrets: BTreeMap::new(),
@@ -197,8 +197,8 @@ struct Agent {
     requests: Option<mpsc::UnboundedSender<v1::SessionRequest>>,
     progress: Arc<Progress>,
     keep: Arc<KeepAt>,
-    told: mpsc::UnboundedSender<Told>,
-    /// Until the training thread takes it.
+    /// Until the training thread takes both: then only it can speak, and is heard to end.
+    told: Option<mpsc::UnboundedSender<Told>>,
     socket: Option<TcpListener>,
     training: Option<TrainingThread>,
     /// What opens the generations that were announced.
@@ -234,12 +234,16 @@ impl Agent {
                         heartbeat = every(interval);
                     }
                 }
-                Some(told) = told.recv() => self.told(told)?,
+                told = told.recv() => match told {
+                    Some(told) => self.told(told)?,
+                    // It would have said that it failed, and that would have ended this loop.
+                    None => return Err(AgentError::Panicked),
+                },
                 Some(uploaded) = self.uploads.join_next() => {
                     self.notice(uploaded.expect("an upload does not panic"))?;
                     self.say_finished()?;
                 }
-                _ = heartbeat.tick() => self.beat()?,
+                _ = heartbeat.tick() => self.beat(),
                 reason = terminations.next() => {
                     info!(reason, "this worker is asked to stop");
                     self.notice(Notice::StopRequested { reason })?;
@@ -344,7 +348,7 @@ impl Agent {
             form_timeout: Duration::from_millis(welcome.form_ms.max(1)),
             progress: Arc::clone(&self.progress),
             keep: Arc::clone(&self.keep),
-            told: self.told.clone(),
+            told: self.told.take().expect("training is started once"),
             runtime: Handle::current(),
         };
         let (formations, receiver) = thread_channel::channel();
@@ -416,9 +420,8 @@ impl Agent {
                 let training = self.training.as_mut().expect("a welcome came first");
                 training.current = Some((generation, Arc::clone(&orders)));
                 let formation = Formation { group, rank, secret, orders };
-                if training.formations.send(formation).is_err() {
-                    return self.training_ended();
-                }
+                // A thread that has just ended is heard to end.
+                drop(training.formations.send(formation));
             }
             Action::Abort { generation } => {
                 if let Some(orders) = self.orders(generation) {
@@ -442,26 +445,13 @@ impl Agent {
         (*newest == generation).then_some(orders.as_ref())
     }
 
-    /// The training thread takes no more formations: it failed and said so, or it panicked.
-    fn training_ended(&mut self) -> Result<(), AgentError> {
-        let training = self.training.take().expect("it was there a moment ago");
-        match training.thread.join() {
-            Ok(()) => Ok(()), // Why it ended is among what it told.
-            Err(_) => Err(AgentError::Panicked),
-        }
-    }
-
-    fn beat(&mut self) -> Result<(), AgentError> {
-        if self.training.as_ref().is_some_and(|training| training.thread.is_finished()) {
-            self.training_ended()?;
-        }
+    fn beat(&mut self) {
         // Before the first generation it is 0, which no generation has.
         let generation = self.participant.generation().unwrap_or_default();
         let (applied, phase, in_phase) = self.progress.now();
         let resident_bytes = resident_bytes();
         let progress = cluster::Progress { generation, applied, phase, in_phase, resident_bytes };
         self.send(proto::report_to_wire(0, &Report::Heartbeat(progress)));
-        Ok(())
     }
 
     fn send(&mut self, report: v1::Report) {

@@ -285,8 +285,8 @@ impl Training {
         let generation = group.generation;
         host.progress.enter(StepPhase::Form);
         let mut peers = self.connect(host, formation)?;
-        self.agree(host, group, &mut peers)?;
-        self.say_formed(host, generation);
+        let digest = self.agree(host, group, &mut peers)?;
+        self.say_formed(host, generation, digest);
 
         let blocks: Vec<_> = group.members.iter().map(|member| member.block.clone()).collect();
         self.stepper.sum_mut().regroup(&blocks, *rank);
@@ -340,34 +340,39 @@ impl Training {
         Ok(self.listener.form(&group, deadline, &orders.abort)?)
     }
 
-    /// Comes to hold the state that the generation starts from.
+    /// Comes to hold the state that the generation starts from; returns its digest.
     fn agree(
         &mut self,
         host: &Trainer,
         group: &Group,
         peers: &mut Mesh,
-    ) -> Result<(), Interrupted> {
+    ) -> Result<blake3::Hash, Interrupted> {
         let held = forming::all_gather(peers, &self.state)?;
-        match forming::origin(&held, group.checkpoint) {
-            Origin::Initial => self.state.initialize(self.setup.recipe.seed),
+        let digest = match forming::origin(&held, group.checkpoint) {
+            Origin::Initial => {
+                self.state.initialize(self.setup.recipe.seed);
+                self.state.digest()
+            }
             Origin::Checkpoint(step) => {
                 info!(step = step.0, "the state is read from a checkpoint");
                 let restoring = restore(&host.checkpoints, step, &mut self.state, &self.layout);
                 host.runtime
                     .block_on(restoring)
                     .map_err(|error| Interrupted::Fatal { reason: chain(&error) })?;
+                self.state.digest()
             }
             Origin::Members { step, digest, givers, takers } => {
                 forming::hand_over(peers, &mut self.state, (step, digest), &givers, &takers)?;
+                digest.into()
             }
-        }
+        };
         host.progress.set_applied(self.state.step());
-        Ok(())
+        Ok(digest)
     }
 
-    fn say_formed(&mut self, host: &Trainer, generation: Generation) {
+    fn say_formed(&mut self, host: &Trainer, generation: Generation, digest: blake3::Hash) {
         let step = self.step();
-        let digest = self.state.digest().to_hex().to_string();
+        let digest = digest.to_hex().to_string();
         let metrics = self.last.filter(|(made, _)| *made == step).map(|(_, metrics)| metrics);
         let (begun, stopped_at) = (self.begun, self.stopped_at.take());
         info!(%generation, step = step.0, "generation formed");

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use cluster::{Epoch, Evaluation, ExitScores, Step, StepPhase, VirtualRank};
 use collective::{Exchange, Reduction};
 use model::{LossConfig, Network, Targets, multi_exit};
-use shards::{Batch, Loader};
+use shards::{Batch, Loader, Normalize};
 
 use super::{Interrupted, Orders, state::TrainState, step::tensors};
 use crate::{feed::MicroBatch, progress::Progress, setup::Setup};
@@ -24,6 +24,7 @@ pub(crate) struct Evaluator {
     /// Figures of the weights, figures of their average, samples.
     sum: Reduction,
     loader: Loader,
+    normalize: Normalize,
     pixels: Batch,
     batch: MicroBatch,
 }
@@ -36,6 +37,7 @@ impl Evaluator {
         Self {
             sum: Reduction::new(everything.end, &[everything], rank, 2 * FIGURES + 1),
             loader: Loader::new(Arc::clone(&split.dataset), split.transform.clone()),
+            normalize: split.transform.normalize(),
             pixels: Batch::new(),
             batch: MicroBatch::default(),
         }
@@ -90,7 +92,7 @@ impl Evaluator {
     ) -> Result<(), Interrupted> {
         let ids: Vec<u64> = ids.collect();
         self.loader.load(&ids, Epoch(0), &mut self.pixels)?;
-        setup.validation.transform.normalize().nchw(&self.pixels, &mut self.batch.images);
+        self.normalize.nchw(&self.pixels, &mut self.batch.images);
         self.batch.labels.clone_from(&self.pixels.labels);
         self.batch.size = self.pixels.size;
         let loss = LossConfig { label_smoothing: 0.0, with_kd: false, ..setup.loss };

@@ -54,10 +54,7 @@ impl Stepper {
         let length = params + buffers + FIGURES;
         Self {
             sum: Reduction::new(everything.end, &[everything], cluster::Rank(0), length),
-            gradients: Tensor::zeros(
-                [params.cast_signed() as i64],
-                (Kind::Float, tch::Device::Cpu),
-            ),
+            gradients: Tensor::zeros([to_i64(params)], (Kind::Float, tch::Device::Cpu)),
             start: vec![0.0; buffers],
         }
     }
@@ -155,9 +152,13 @@ impl Stepper {
 
 /// A micro-batch as the network takes it: images `[B, 3, S, S]` f32, labels `[B]` i64.
 pub(crate) fn tensors(batch: &MicroBatch) -> (Tensor, Tensor) {
-    let side = batch.size.cast_signed() as i64;
+    let side = to_i64(batch.size);
     let images = Tensor::from_slice(&batch.images).view([-1, 3, side, side]);
     (images, Tensor::from_slice(&batch.labels))
+}
+
+fn to_i64(size: usize) -> i64 {
+    i64::try_from(size).expect("no memory holds more elements")
 }
 
 fn parts<'v>(vector: &'v [f32], state: &TrainState) -> (&'v [f32], &'v [f32], &'v [f32]) {
