@@ -93,15 +93,7 @@ fn check(checker: &mut Checker, folder: &Path, file: &SourceFile) -> Result<Reco
     if image.flags.has(Flags::RE_ENCODED) {
         return Err(PackError::NotJpeg { path: path() });
     }
-    Ok(Record {
-        offset: file.offset(),
-        length: image.length,
-        label: file.label,
-        crc32c: crc32c::crc32c(&image.jpeg),
-        width: image.width,
-        height: image.height,
-        flags: image.flags,
-    })
+    Ok(image.record(file.offset(), file.label))
 }
 
 /// Writes the index beside its tar. `after` is the number of samples up to and with this tar's.

@@ -310,15 +310,7 @@ impl<'a> Packer<'a> {
         let offset = format::append_member(&mut self.archive, &image_name, &image.jpeg);
         let class_name = format!("{key}.{}", format::CLASS);
         format::append_member(&mut self.archive, &class_name, file.label.to_string().as_bytes());
-        self.records.push(Record {
-            offset,
-            length: image.length,
-            label: file.label,
-            crc32c: crc32c::crc32c(&image.jpeg),
-            width: image.width,
-            height: image.height,
-            flags: image.flags,
-        });
+        self.records.push(image.record(offset, file.label));
         self.done.samples += 1;
         self.done.bytes += u64::from(image.length);
         self.done.converted += u64::from(image.flags.has(Flags::RE_ENCODED));

@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use crate::{
-    index::Flags,
+    index::{Flags, Record},
     jpeg::{self, Chroma, Header, JpegError, Pixels},
 };
 
@@ -44,6 +44,21 @@ pub(crate) struct Image {
     pub(crate) width: u16,
     pub(crate) height: u16,
     pub(crate) flags: Flags,
+}
+
+impl Image {
+    /// Its line of the index, when its bytes begin at `offset` of the tar.
+    pub(crate) fn record(&self, offset: u64, label: u32) -> Record {
+        Record {
+            offset,
+            length: self.length,
+            label,
+            crc32c: crc32c::crc32c(&self.jpeg),
+            width: self.width,
+            height: self.height,
+            flags: self.flags,
+        }
+    }
 }
 
 /// Checks source files by decoding them.
