@@ -20,7 +20,9 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
             "test: no cargo-nextest, so `cargo test` runs the tests, without their time limits"
         );
         let targets = ["--release", "--workspace", "--lib", "--bins", "--tests"];
-        process::run(workspace.cargo(&["test"]).args(targets))
+        // One at a time: some start whole clusters, which are given up if they get no processor.
+        let options = ["--", "--test-threads", "1"];
+        process::run(workspace.cargo(&["test"]).args(targets).args(options))
     }
 }
 
