@@ -18,7 +18,7 @@ const USUAL_SPLITS: [&str; 2] = ["train", "val"];
 /// `percheron shards …`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Pack a folder of images, one folder a class, as a split of a dataset.
+    /// Pack images, a folder a class or tars of them, as a split of a dataset.
     Pack(Pack),
     /// Read every byte of a dataset and check it.
     Verify(Location),
@@ -28,7 +28,8 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Pack {
-    /// The folder of class folders; .jpg, .jpeg and .png files are taken.
+    /// A folder of class folders with .jpg, .jpeg and .png files; or WebDataset's or ImageNet's tars: one,
+    /// or a folder of them.
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// The folder of the dataset; made if it is not there. A split that is there is not overwritten.
