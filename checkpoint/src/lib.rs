@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A worker [`save_part`]s, the coordinator [`commit`]s what it was told, a worker opens a
-//! [`Checkpoint`] and reads it, and [`prune`] deletes what [`prunable`] names.
+//! [`Checkpoint`] and reads it, and [`prune`] deletes what [`Retention`] names. What is found damaged is
+//! set aside ([`quarantine`]).
 //!
 //! **Invariants**: a step without a manifest is no checkpoint. A committed manifest is never
 //! overwritten, nor is a part of it by other bytes. The bytes of a part depend on the state only, not on
@@ -18,6 +19,8 @@ mod layout;
 mod load;
 mod manifest;
 mod prune;
+mod quarantine;
+mod retry;
 mod save;
 mod store;
 
@@ -26,7 +29,9 @@ pub use crate::{
     layout::{Layout, LayoutError, Piece, Section, manifest_name, part_name},
     load::{Checkpoint, Fault, LoadError, committed_steps, newest_intact},
     manifest::{Difference, Digest, FORMAT, Manifest, ManifestFault, PartRecord},
-    prune::{prunable, prune},
+    prune::{Retention, prune, unfinished_steps},
+    quarantine::{quarantine, quarantine_name, quarantined_steps},
+    retry::{Retries, Transient, retrying},
     save::{SaveError, save_part},
     store::{OpenError, Store, StoreError},
 };
