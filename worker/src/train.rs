@@ -155,6 +155,14 @@ pub enum Interrupted {
         /// Why.
         reason: String,
     },
+    /// The checkpoint to start from is damaged.
+    #[error("{reason}")]
+    Checkpoint {
+        /// Its step.
+        step: Step,
+        /// The object and what is wrong with it.
+        reason: String,
+    },
     /// The connection to the peers broke.
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
@@ -353,9 +361,9 @@ impl Training {
                 info!(step = step.0, "the state is read from a checkpoint");
                 let restoring =
                     checkpoints::restore(&host.checkpoints, step, &mut self.state, &self.layout);
-                host.runtime
-                    .block_on(restoring)
-                    .map_err(|error| Interrupted::Fatal { reason: chain(&error) })?;
+                if let Err(error) = host.runtime.block_on(restoring) {
+                    return Err(unreadable(host, error));
+                }
             }
             Origin::Members { step, digest, givers, takers } => {
                 forming::hand_over(peers, &mut self.state, (step, digest), &givers, &takers)?;
@@ -426,6 +434,11 @@ impl Training {
             Interrupted::Fatal { reason } => {
                 return host.say(Notice::Failed { reason: reason.clone() });
             }
+            Interrupted::Checkpoint { step, reason } => {
+                warn!(%generation, step = step.0, %reason, "checkpoint damaged");
+                let (step, reason) = (*step, reason.clone());
+                return host.say(Notice::CheckpointDamaged { generation, step, reason });
+            }
             Interrupted::Form(error) => (missing(error), chain(error)),
             Interrupted::Forming { reason } => (None, reason.clone()),
             Interrupted::Exchange(error) => (culprit(error), error.to_string()),
@@ -436,6 +449,24 @@ impl Training {
         if let Some(applied) = self.state.step() {
             host.say(Notice::ExchangeLost { generation, applied, peer, reason, at });
         }
+    }
+}
+
+/// What a checkpoint that cannot be read means: damage is for the rules to answer, a store that does not
+/// answer may answer in the next generation, and all else is the end.
+fn unreadable(host: &Trainer, error: RestoreError) -> Interrupted {
+    match error {
+        RestoreError::Load(error) if error.fault.is_damage() => {
+            let setting_aside = checkpoints::set_aside(&host.checkpoints, &error);
+            match host.runtime.block_on(setting_aside) {
+                Ok(reason) => Interrupted::Checkpoint { step: error.step, reason },
+                Err(error) => Interrupted::Forming { reason: chain(&error) },
+            }
+        }
+        RestoreError::Load(error) => Interrupted::Forming { reason: chain(&error) },
+        error @ (RestoreError::Open(_)
+        | RestoreError::Quarantine(_)
+        | RestoreError::OtherSections { .. }) => Interrupted::Fatal { reason: chain(&error) },
     }
 }
 

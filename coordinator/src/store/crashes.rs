@@ -15,7 +15,7 @@ use redb::{Database, StorageBackend};
 use super::EventLog;
 
 /// Stops of the machine, over all seeds.
-const STOPS: u64 = 2_000;
+const STOPS: u64 = 10_000;
 
 /// A disk that keeps what was synced, and of the rest what chance lets it keep.
 #[derive(Debug, Default)]
