@@ -15,6 +15,7 @@ use tracing::{debug, info};
 use crate::{
     layout::{folder_name, manifest_name, part_name},
     manifest::{Difference, Manifest, ManifestFault},
+    quarantine::quarantine_name,
     store::{Store, StoreError},
 };
 
@@ -135,7 +136,7 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<Committed, Com
     check_parts(store, manifest).await?;
 
     let name = manifest_name(step);
-    match create(store, &name, manifest.to_json().into()).await? {
+    let committed = match create(store, &name, manifest.to_json().into()).await? {
         Created::Ours => {
             info!(step = step.0, parts = manifest.parts.len(), "checkpoint committed");
             Ok(Committed::Now)
@@ -150,7 +151,12 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<Committed, Com
                 },
             }
         }
+    };
+    if committed.is_ok() {
+        // Its parts were saved again just now, and with that compared.
+        store.delete(&store.path(&quarantine_name(step))).await?;
     }
+    committed
 }
 
 /// Whether every part is there with its length; one listing.

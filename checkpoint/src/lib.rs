@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A worker [`save_part`]s, the coordinator [`commit`]s what it was told, a worker opens a
-//! [`Checkpoint`] and reads it, and [`prune`] deletes what [`prunable`] names.
+//! [`Checkpoint`] and reads it, and [`prune`] deletes what [`Retention`] names. What is found damaged is
+//! set aside ([`quarantine`]).
 //!
 //! [`pth`] is another matter: it reads and writes files of `torch.save`, for weights that come from or go
 //! to other programs. No command uses it yet.
@@ -22,6 +23,8 @@ mod load;
 mod manifest;
 mod prune;
 pub mod pth;
+mod quarantine;
+mod retry;
 mod save;
 mod store;
 
@@ -30,7 +33,9 @@ pub use crate::{
     layout::{Layout, LayoutError, Piece, Section, manifest_name, part_name},
     load::{Checkpoint, Fault, LoadError, committed_steps, newest_intact},
     manifest::{Difference, Digest, FORMAT, Manifest, ManifestFault, PartRecord},
-    prune::{prunable, prune},
+    prune::{Retention, prune, unfinished_steps},
+    quarantine::{quarantine, quarantine_name, quarantined_steps},
+    retry::{Retries, Transient, retrying},
     save::{SaveError, save_part},
     store::{OpenError, Store, StoreError},
 };

@@ -3,12 +3,13 @@
 use std::{error::Error, fmt, ops::Range};
 
 use cluster::Step;
-use object_store::{GetOptions, ObjectStore as _, path::Path};
+use object_store::{GetOptions, ObjectStore as _};
 use thiserror::Error as ThisError;
 
 use crate::{
-    layout::{CHECKPOINTS, manifest_name, part_name, step_of_folder},
+    layout::{CHECKPOINTS, manifest_name, part_name},
     manifest::{Digest, Manifest, ManifestFault, PartRecord},
+    quarantine::{MARKER, steps_with},
     save::digest,
     store::{Store, StoreError},
 };
@@ -122,20 +123,16 @@ impl Error for LoadError {
     }
 }
 
-/// The steps that have a manifest, newest first.
+/// The steps that have a manifest and are not quarantined, newest first.
 ///
 /// # Errors
 /// [`StoreError`].
 pub async fn committed_steps(store: &Store) -> Result<Vec<Step>, StoreError> {
-    let folder = store.path(CHECKPOINTS);
     let listed = store.list(CHECKPOINTS).await?;
-    let manifest_step = |(path, _): &(Path, u64)| {
-        let name: Vec<_> = path.prefix_match(&folder)?.collect();
-        let [step, file] = name.as_slice() else { return None };
-        (file.as_ref() == "manifest.json").then(|| step_of_folder(step.as_ref())).flatten()
-    };
-    let mut steps: Vec<Step> = listed.iter().filter_map(manifest_step).collect();
-    steps.sort_unstable_by(|a, b| b.cmp(a));
+    let aside = steps_with(store, &listed, MARKER);
+    let mut steps = steps_with(store, &listed, "manifest.json");
+    steps.retain(|step| aside.binary_search(step).is_err());
+    steps.reverse();
     Ok(steps)
 }
 

@@ -71,7 +71,7 @@ pub async fn save_part(
     let name = part_name(step, index);
     match store.put(&name, bytes.clone(), PutMode::Create).await {
         Ok(()) => return Ok(record),
-        Err(error) if matches!(error.source, object_store::Error::AlreadyExists { .. }) => {}
+        Err(error) if error.is_there() => {}
         Err(error) => return Err(error.into()),
     }
     let found = digest(store.read(&name).await?).await;

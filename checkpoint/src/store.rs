@@ -73,6 +73,11 @@ impl StoreError {
         matches!(self.source, object_store::Error::NotFound { .. })
     }
 
+    /// Whether an object that was to be created is there already.
+    pub(crate) fn is_there(&self) -> bool {
+        matches!(self.source, object_store::Error::AlreadyExists { .. })
+    }
+
     /// Whether the same attempt may succeed later.
     #[must_use]
     pub fn is_transient(&self) -> bool {

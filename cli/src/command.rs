@@ -1,6 +1,10 @@
 //! The subcommands.
 
+mod audit;
+mod checkpoints;
 mod coordinator;
+mod incidents;
+mod log;
 mod recipe;
 mod shards;
 mod status;
@@ -20,6 +24,15 @@ pub(crate) enum Command {
     Up(up::Arguments),
     /// Show how far a run is.
     Status(status::Arguments),
+    /// Prove from its log that a run consumed every sample once and made every step in order.
+    Audit(audit::Arguments),
+    /// Show the event log of a run.
+    Log(log::Arguments),
+    /// Show what disturbed a run, who noticed, and what it cost.
+    Incidents(incidents::Arguments),
+    /// List, verify and delete the checkpoints of a run.
+    #[command(subcommand)]
+    Checkpoints(checkpoints::Command),
     /// Pack, verify and inspect datasets.
     #[command(subcommand)]
     Shards(shards::Command),
@@ -40,6 +53,10 @@ impl Command {
         match self {
             Self::Up(arguments) => in_runtime(up::run(arguments)),
             Self::Status(arguments) => in_runtime(status::run(arguments)),
+            Self::Audit(arguments) => in_runtime(audit::run(arguments)),
+            Self::Log(arguments) => in_runtime(log::run(arguments)),
+            Self::Incidents(arguments) => in_runtime(incidents::run(arguments)),
+            Self::Checkpoints(command) => in_runtime(checkpoints::run(command)),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

@@ -4,8 +4,11 @@
 
 mod client;
 mod command;
+mod history;
+mod incidents;
 mod print;
 mod run_dir;
+mod tale;
 mod up;
 
 use std::process::ExitCode;

@@ -10,7 +10,8 @@ use std::{
 
 use bytes::Bytes;
 use checkpoint::{Layout, Manifest, Section, Store, commit, part_name, save_part};
-use cluster::{Epoch, Generation, RunId, Step, Term, Timestamp};
+use cluster::{Epoch, Generation, Record, RunId, Step, Term, Timestamp};
+use coordinator::EventLog;
 use shards::{
     PackOptions,
     jpeg::{self, Pixels},
@@ -68,13 +69,31 @@ impl Bench {
 
     /// Runs it; it must refuse in one line, which is returned, and change nothing.
     fn refusal(&self, arguments: &[&str]) -> String {
-        let before = self.snapshot();
+        self.refusal_keeping(arguments, Self::snapshot)
+    }
+
+    /// As `refusal`, where there is an event log: opening it moves bytes of the database, and no record.
+    fn refusal_with_log(&self, name: &str, arguments: &[&str]) -> String {
+        let log = self.path(&format!("{name}/log"));
+        let records = || EventLog::open(&log).unwrap().read_from(1).unwrap();
+        let before = records();
+        let refusal = self.refusal_keeping(arguments, |bench| {
+            let mut files = bench.snapshot();
+            files.remove(&log).unwrap();
+            files
+        });
+        assert_eq!(records(), before);
+        refusal
+    }
+
+    fn refusal_keeping(&self, arguments: &[&str], kept: impl Fn(&Self) -> Snapshot) -> String {
+        let before = kept(self);
         let output = self.run(arguments);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert_eq!(output.stdout, b"", "{output:?}");
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
-        assert!(self.snapshot() == before, "files were changed");
+        assert!(kept(self) == before, "files were changed");
         stderr.strip_prefix("error: ").unwrap().trim_end().to_owned()
     }
 
@@ -104,6 +123,15 @@ impl Bench {
     fn make_run(&self, name: &str) {
         let recipe = recipe::built_in("digits", &[]).unwrap();
         self.write(&format!("{name}/recipe.toml"), &recipe.to_toml());
+    }
+
+    /// An event log that tells of checkpoints at these steps, from entry 2 on.
+    fn log(&self, name: &str, steps: &[u64]) {
+        let mut log = EventLog::open(&self.path(&format!("{name}/log"))).unwrap();
+        let mut records = vec![Record::TermStarted { term: Term(1) }];
+        let kept = |&step: &u64| Record::CheckpointCommitted { step: Step(step) };
+        records.extend(steps.iter().map(kept));
+        log.append(Timestamp(1), &records).unwrap();
     }
 
     /// Keeps a state of two parts at each of `steps`.
@@ -258,14 +286,109 @@ async fn a_truncated_part_of_the_newest_checkpoint_is_named_with_what_to_do() {
 }
 
 #[tokio::test]
+async fn checkpoints_without_their_log_are_no_new_run() {
+    let bench = Bench::new();
+    bench.make_run("run");
+    bench.keep("run", &[10, 20]).await;
+    let refusal = bench.up(&["--run-dir", "run"]);
+    names(&refusal, &["checkpoints up to step 20", &bench.text("run/log"), "put it back"]);
+}
+
+#[tokio::test]
+async fn a_run_whose_checkpoints_are_all_gone_does_not_begin_anew() {
+    let bench = Bench::new();
+    bench.make_run("run");
+    bench.log("run", &[10, 20]);
+    let refusal = bench.refusal_with_log("run", &["up", "--run-dir", "run"]);
+    names(&refusal, &["checkpoint of step 20", "put it back"]);
+}
+
+#[tokio::test]
+async fn damaged_checkpoints_are_set_aside_on_request_and_nothing_of_them_is_deleted() {
+    let bench = Bench::new();
+    bench.make_run("run");
+    bench.keep("run", &[10, 20, 30]).await;
+    bench.log("run", &[10, 20, 30]);
+    let parts = [20, 30].map(|step| format!("run/{}", part_name(Step(step), 1)));
+    for part in &parts {
+        cut(&bench.path(part), 49);
+    }
+    let refusal = bench.refusal_with_log("run", &["up", "--run-dir", "run"]);
+    names(&refusal, &[&bench.text(&parts[1]), "--quarantine", "go on from step 10"]);
+
+    // Stopped before the worker program is looked for, which is not beside this copy.
+    let alone = bench.path("percheron");
+    fs::copy(env!("CARGO_BIN_EXE_percheron"), &alone).unwrap();
+    let mut percheron = Command::new(&alone);
+    percheron.current_dir(bench.folder.path()).args(["up", "--run-dir", "run", "--quarantine"]);
+    let stderr = String::from_utf8(percheron.output().unwrap().stderr).unwrap();
+    for part in &parts {
+        names(&stderr, &["warning: the checkpoint of step", &bench.text(part), "quarantined"]);
+        assert_eq!(fs::metadata(bench.path(part)).unwrap().len(), 49);
+    }
+    let log = EventLog::open(&bench.path("run/log")).unwrap();
+    let told: Vec<_> = log.read_from(5).unwrap().into_iter().map(|entry| entry.record).collect();
+    for (record, step) in told.iter().zip([30, 20]) {
+        let Record::CheckpointAbandoned { step: said, reason } = record else { panic!("{told:?}") };
+        assert_eq!(*said, Step(step));
+        names(reason, &["quarantined, for ", "part-00001 has 49 bytes, expected 50"]);
+    }
+    let store = Store::open(&bench.text("run")).unwrap();
+    assert_eq!(checkpoint::committed_steps(&store).await.unwrap(), [Step(10)]);
+}
+
+#[tokio::test]
+async fn checkpoints_are_listed_verified_and_deleted_as_far_as_two_intact_ones_stay() {
+    let bench = Bench::new();
+    bench.make_run("run");
+    bench.keep("run", &[10, 20, 30, 40, 50]).await;
+    let shown = |arguments: &[&str]| {
+        let output = bench.run(&[&["checkpoints"], arguments].concat());
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&["list", "run"])[1], "step 20: committed, epoch 0, 150 bytes in 2 parts");
+    assert_eq!(shown(&["verify", "run"]).last().unwrap(), "5 checkpoints, all intact");
+
+    cut(&bench.path(&format!("run/{}", part_name(Step(50), 1))), 49);
+    let output = bench.run(&["checkpoints", "verify", "run"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stdout).unwrap();
+    names(&said, &["step 40: intact", "step 50: damaged: ", "49 bytes, expected 50"]);
+
+    // The damaged one counts for none of the three that stay.
+    let before = bench.snapshot();
+    let dry = shown(&["prune", "run", "--dry-run"]);
+    assert_eq!(dry, ["step 10 would be deleted: its checkpoint is not kept", "1 in all"]);
+    assert!(bench.snapshot() == before, "a dry run deletes nothing");
+    assert_eq!(shown(&["prune", "run"])[0], "step 10 is deleted: its checkpoint is not kept");
+    assert!(!bench.path("run/checkpoints/step-0000000010").exists());
+
+    shown(&["rm", "run", "30"]);
+    for step in ["20", "40", "50"] {
+        if step == "50" {
+            shown(&["rm", "run", step]); // It is damaged: two intact ones are left without it.
+            continue;
+        }
+        let refusal = bench.refusal(&["checkpoints", "rm", "run", step]);
+        names(&refusal, &[step, "stays", "1 intact ones would be left"]);
+    }
+    let refusal = bench.refusal(&["checkpoints", "rm", "run", "30"]);
+    names(&refusal, &["no checkpoint of step 30"]);
+    assert_eq!(shown(&["list", "run", "--json"]).len(), 2);
+}
+
+#[tokio::test]
 async fn a_damaged_checkpoint_without_another_is_named() {
     let bench = Bench::new();
     bench.make_run("run");
     bench.keep("run", &[10]).await;
     let part = part_name(Step(10), 0);
     fs::write(bench.path(&format!("run/{part}")), vec![8; 100]).unwrap();
-    let refusal = bench.up(&["--recipe", "digits", "--run-dir", "run"]);
-    names(&refusal, &[&bench.text("run"), &part, "BLAKE3", "no other checkpoint"]);
+    for choice in [&[][..], &["--quarantine"]] {
+        let refusal = bench.up(&[&["--recipe", "digits", "--run-dir", "run"], choice].concat());
+        names(&refusal, &[&bench.text("run"), &part, "BLAKE3", "no other checkpoint"]);
+    }
 }
 
 #[test]

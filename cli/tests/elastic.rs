@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test: what cannot be unwrapped fails it")]
 
 use std::{
+    fs,
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Command, Stdio},
@@ -58,6 +59,16 @@ fn adopted(run_dir: &Path) -> Vec<u64> {
     entries.iter().filter_map(|entry| step(&entry.record)).collect()
 }
 
+/// The log alone proves the run.
+fn assert_proved(run_dir: &Path) {
+    let mut audit = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    let output = audit.arg("audit").arg(run_dir).output().unwrap();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{stderr}");
+    let proof = format!("steps 1 to {STEPS} of {STEPS} adopted once each, in order");
+    assert!(stdout.lines().last().unwrap().contains(&proof), "{stdout}");
+}
+
 /// Trains once with each history; all must end in one state, with each step adopted once.
 fn same_state(histories: &[(u32, &str)]) -> Vec<Value> {
     let folder = tempfile::tempdir().unwrap();
@@ -71,6 +82,7 @@ fn same_state(histories: &[(u32, &str)]) -> Vec<Value> {
         assert_eq!(summary["top1"], undisturbed["top1"], "{name}");
         assert_eq!(summary["ema_top1"], undisturbed["ema_top1"], "{name}");
         assert_eq!(adopted(&run_dir), (1..=STEPS).collect::<Vec<_>>(), "{name}");
+        assert_proved(&run_dir);
         all.push(summary);
     }
     all
@@ -126,4 +138,71 @@ fn a_run_that_was_interrupted_goes_on_and_a_finished_one_is_not_run_again() {
     let resumed = up(&run_dir, 3, "");
     assert_eq!(resumed["state_sha256"], undisturbed["state_sha256"]);
     assert_eq!(adopted(&run_dir), (1..=STEPS).collect::<Vec<_>>());
+}
+
+/// A run that was interrupted after it had kept two checkpoints, the newer of which is damaged.
+fn with_a_damaged_checkpoint(run_dir: &Path) {
+    let mut first = command(run_dir, 1, "").stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(first.stderr.take().unwrap()).lines().map(Result::unwrap);
+    lines.find(|line| line.contains("step 6: checkpoint kept")).expect("it keeps step 6");
+    let pid = nix::unistd::Pid::from_raw(first.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    lines.for_each(drop);
+    first.wait().unwrap();
+    // The coordinator ends with who started it, and lets the log go.
+    while EventLog::open(&run_dir.join("log")).is_err() {
+        std::thread::yield_now();
+    }
+    let part = run_dir.join(checkpoint::part_name(cluster::Step(6), 0));
+    fs::OpenOptions::new().write(true).open(part).unwrap().set_len(1000).unwrap();
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_by_up_and_set_aside_on_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let undisturbed = up(&folder.path().join("undisturbed"), 1, "");
+    let run_dir = folder.path().join("damaged");
+    with_a_damaged_checkpoint(&run_dir);
+    let refused = command(&run_dir, 1, "").output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("--quarantine"), "{}", text(&refused.stderr));
+    let output = command(&run_dir, 1, "").arg("--quarantine").output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let summary: Value =
+        serde_json::from_str(text(&output.stdout).lines().last().unwrap()).unwrap();
+    assert_eq!(summary["state_sha256"], undisturbed["state_sha256"]);
+    assert_proved(&run_dir);
+}
+
+#[test]
+fn a_cluster_whose_members_have_all_gone_goes_on_from_the_checkpoint_before_a_damaged_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let undisturbed = up(&folder.path().join("undisturbed"), 1, "");
+    let run_dir = folder.path().join("damaged");
+    with_a_damaged_checkpoint(&run_dir);
+    let address = folder.path().join("address");
+    let mut coordinator = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    coordinator.args(["coordinator", "--exit-with-stdin", "--recipe"]);
+    coordinator.arg(run_dir.join("recipe.toml")).arg("--run-dir").arg(&run_dir);
+    coordinator.arg("--addr-file").arg(&address).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut coordinator = coordinator.spawn().unwrap();
+    let mut lines = BufReader::new(coordinator.stderr.take().unwrap()).lines().map(Result::unwrap);
+    lines.find(|line| line.contains("coordinating")).expect("the coordinator starts");
+    let told = std::thread::spawn(move || lines.collect::<Vec<_>>());
+    let mut worker =
+        Command::new(Path::new(env!("CARGO_BIN_EXE_percheron")).with_file_name("percheron-worker"));
+    let at = format!("http://{}", fs::read_to_string(&address).unwrap());
+    worker.args(["--coordinator", &at, "--run", "damaged", "--name", "late", "--token-file"]);
+    let output = worker.arg(run_dir.join("token")).stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(coordinator.wait().unwrap().success());
+    let told = told.join().unwrap().join("\n");
+    assert!(told.contains("checkpoint abandoned") && told.contains("part-00000"), "{told}");
+    let entries = EventLog::open(&run_dir.join("log")).unwrap().read_from(1).unwrap();
+    let Some(Record::RunFinished { state_sha256, .. }) = entries.last().map(|last| &last.record)
+    else {
+        panic!("{told}");
+    };
+    assert_eq!(*state_sha256, undisturbed["state_sha256"]);
+    assert_proved(&run_dir);
 }

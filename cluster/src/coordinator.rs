@@ -313,6 +313,11 @@ impl Coordinator {
                     self.checkpoint_failed(step, &reason);
                 }
             }
+            Report::CheckpointDamaged { generation, step, reason } => {
+                if generation == self.ledger.generation && self.is_member(worker) {
+                    self.checkpoint_damaged(now, worker, step, &reason);
+                }
+            }
             Report::Finished { generation, step, state_sha256 } => {
                 let is_last = step == self.config.steps_total;
                 if is_last && generation == self.ledger.generation && self.is_member(worker) {

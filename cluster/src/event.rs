@@ -147,6 +147,16 @@ pub enum Report {
         /// Why.
         reason: String,
     },
+    /// The checkpoint that the generation was to start from is damaged, and set aside: this worker has no
+    /// state and waits for a new generation.
+    CheckpointDamaged {
+        /// In which generation.
+        generation: Generation,
+        /// Of which step.
+        step: Step,
+        /// The object and what is wrong with it.
+        reason: String,
+    },
     /// The last step is applied, evaluated and written.
     Finished {
         /// In which generation.

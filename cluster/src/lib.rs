@@ -40,9 +40,11 @@
 //! | `coordinator` | the machine of the coordinator; `change`: who comes and goes; `results`: what counts |
 //! | `membership`, `ledger` | the workers it knows; what it must never forget |
 //! | `participant` | the machine of a worker |
+//! | `audit` | what a log proves, or the first record that cannot be true |
 //! | `blocks` | virtual ranks to workers, and the fixed tree of the sum |
 //! | `tests/rules`, `tests/simulation` | one test a rule; many made-up runs, with named invariants |
 
+pub mod audit;
 pub mod blocks;
 mod command;
 mod config;

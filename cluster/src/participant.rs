@@ -95,6 +95,15 @@ pub enum Notice {
         /// Why.
         reason: String,
     },
+    /// The trainer found the checkpoint to start from damaged.
+    CheckpointDamaged {
+        /// In which generation.
+        generation: Generation,
+        /// Of which step.
+        step: Step,
+        /// The object and what is wrong with it.
+        reason: String,
+    },
     /// The trainer's exchange broke, and it stopped.
     ExchangeLost {
         /// In which generation.
@@ -235,6 +244,11 @@ impl Participant {
                 if self.forms(generation) {
                     let lost = Report::FormFailed { generation, peer, reason };
                     self.broken(Some(lost));
+                }
+            }
+            Notice::CheckpointDamaged { generation, step, reason } => {
+                if self.forms(generation) {
+                    self.broken(Some(Report::CheckpointDamaged { generation, step, reason }));
                 }
             }
             Notice::ExchangeLost { generation, applied, peer, reason, at } => {

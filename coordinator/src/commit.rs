@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use checkpoint::{Digest, Manifest, PartRecord, Section, Store};
+use checkpoint::{Digest, Manifest, PartRecord, Retention, Retries, Section, Store, retrying};
 use cluster::{Epoch, Event, Fingerprint, Generation, Part, Step, Term, Timestamp};
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -73,9 +73,11 @@ impl Committer {
     }
 }
 
-async fn carry_out(store: Store, manifest: Manifest, keep: usize, inputs: mpsc::Sender<Input>) {
+async fn carry_out(store: Store, manifest: Manifest, keep: Retention, inputs: mpsc::Sender<Input>) {
     let step = manifest.step;
-    let event = match checkpoint::commit(&store, &manifest).await {
+    let commit =
+        retrying(Retries::of("commit a checkpoint"), || checkpoint::commit(&store, &manifest));
+    let event = match commit.await {
         Ok(_) => Event::CheckpointCommitted { step },
         Err(error) => Event::CheckpointFailed { step, reason: error.to_string() },
     };
@@ -88,9 +90,9 @@ async fn carry_out(store: Store, manifest: Manifest, keep: usize, inputs: mpsc::
 
 /// Deletes what `keep` does not cover. Only what has a manifest counts, so a checkpoint that could not
 /// be committed never takes the place of one that was.
-async fn prune(store: &Store, keep: usize) -> Result<(), checkpoint::StoreError> {
+async fn prune(store: &Store, keep: Retention) -> Result<(), checkpoint::StoreError> {
     let committed = checkpoint::committed_steps(store).await?;
-    for step in checkpoint::prunable(&committed, keep) {
+    for step in keep.prunable(&committed) {
         checkpoint::prune(store, step).await?;
     }
     Ok(())

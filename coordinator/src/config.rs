@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use checkpoint::Retention;
 use cluster::RunConfig;
 
 use crate::LogError;
@@ -19,8 +20,8 @@ pub struct Config {
     pub log: PathBuf,
     /// The store that holds the checkpoints: a folder, or a URL.
     pub checkpoints: String,
-    /// How many of the newest checkpoints are kept.
-    pub keep: usize,
+    /// Which checkpoints are kept.
+    pub keep: Retention,
     /// Software version, written into manifests.
     pub software: String,
 }

@@ -78,7 +78,12 @@ impl EventLog {
     /// # Errors
     /// [`LogError`] if it is in use or not a log.
     pub fn open(path: &Path) -> Result<Self, LogError> {
-        let database = Database::create(path).map_err(|error| {
+        Self::on(path, Database::create(path))
+    }
+
+    /// The log in a database that people know by `path`.
+    fn on(path: &Path, database: Result<Database, DatabaseError>) -> Result<Self, LogError> {
+        let database = database.map_err(|error| {
             let path = path.to_owned();
             if matches!(error, DatabaseError::DatabaseAlreadyOpen) {
                 return LogError::InUse { path };
@@ -162,6 +167,9 @@ impl EventLog {
         move |source| LogError::Database { path: path.clone(), doing, source: Box::new(source) }
     }
 }
+
+#[cfg(test)]
+mod crashes;
 
 #[cfg(test)]
 mod tests {

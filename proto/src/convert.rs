@@ -129,6 +129,13 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
                 reason,
             })
         }
+        Report::CheckpointDamaged { generation, step, reason } => {
+            ReportKind::CheckpointDamaged(v1::CheckpointDamaged {
+                generation: generation.0,
+                step: step.0,
+                reason,
+            })
+        }
         Report::Finished { generation, step, state_sha256 } => ReportKind::Finished(v1::Finished {
             generation: generation.0,
             step: step.0,
@@ -197,6 +204,11 @@ pub fn report_from_wire(report: v1::Report) -> Result<Report, Malformed> {
             generation: Generation(failed.generation),
             step: Step(failed.step),
             reason: failed.reason,
+        },
+        ReportKind::CheckpointDamaged(damaged) => Report::CheckpointDamaged {
+            generation: Generation(damaged.generation),
+            step: Step(damaged.step),
+            reason: damaged.reason,
         },
         ReportKind::Finished(finished) => Report::Finished {
             generation: Generation(finished.generation),
@@ -501,6 +513,7 @@ mod tests {
                 },
             },
             Report::ShareFailed { generation, step, reason: "full".to_owned() },
+            Report::CheckpointDamaged { generation, step, reason: "torn".to_owned() },
             Report::Finished { generation, step, state_sha256: "e".to_owned() },
             Report::Leaving { reason: "sigterm".to_owned() },
             Report::Failed { reason: "nan".to_owned() },

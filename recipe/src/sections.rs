@@ -214,13 +214,15 @@ pub struct Checkpoint {
     pub every_steps: u64,
     /// Newest checkpoints that are not pruned; at least 2.
     pub keep: u32,
+    /// Keep the checkpoints of every so many epochs for good as well; 0 for none.
+    pub keep_every_epochs: u64,
     /// Size of a part, in MiB.
     pub part_mib: u32,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every_epochs: 1, every_steps: 0, keep: 3, part_mib: 32 }
+        Self { every_epochs: 1, every_steps: 0, keep: 3, keep_every_epochs: 0, part_mib: 32 }
     }
 }
 

@@ -33,7 +33,7 @@ pub use self::{
     state::{SECTIONS, TrainState},
 };
 use self::{
-    checkpoints::{restore, share},
+    checkpoints::{self, share},
     eval::Evaluator,
     forming::Origin,
     step::{Stepper, Surroundings},
@@ -154,6 +154,14 @@ pub enum Interrupted {
     #[error("{reason}")]
     Forming {
         /// Why.
+        reason: String,
+    },
+    /// The checkpoint to start from is damaged.
+    #[error("{reason}")]
+    Checkpoint {
+        /// Its step.
+        step: Step,
+        /// The object and what is wrong with it.
         reason: String,
     },
     /// The connection to the peers broke.
@@ -355,10 +363,11 @@ impl Training {
             }
             Origin::Checkpoint(step) => {
                 info!(step = step.0, "the state is read from a checkpoint");
-                let restoring = restore(&host.checkpoints, step, &mut self.state, &self.layout);
-                host.runtime
-                    .block_on(restoring)
-                    .map_err(|error| Interrupted::Fatal { reason: chain(&error) })?;
+                let restoring =
+                    checkpoints::restore(&host.checkpoints, step, &mut self.state, &self.layout);
+                if let Err(error) = host.runtime.block_on(restoring) {
+                    return Err(unreadable(host, error));
+                }
                 self.state.digest()
             }
             Origin::Members { step, digest, givers, takers } => {
@@ -431,6 +440,11 @@ impl Training {
             Interrupted::Fatal { reason } => {
                 return host.say(Notice::Failed { reason: reason.clone() });
             }
+            Interrupted::Checkpoint { step, reason } => {
+                warn!(%generation, step = step.0, %reason, "checkpoint damaged");
+                let (step, reason) = (*step, reason.clone());
+                return host.say(Notice::CheckpointDamaged { generation, step, reason });
+            }
             Interrupted::Form(error) => (missing(error), chain(error)),
             Interrupted::Forming { reason } => (None, reason.clone()),
             Interrupted::Exchange(error) => (culprit(error), error.to_string()),
@@ -441,6 +455,24 @@ impl Training {
         if let Some(applied) = self.state.step() {
             host.say(Notice::ExchangeLost { generation, applied, peer, reason, at });
         }
+    }
+}
+
+/// What a checkpoint that cannot be read means: damage is for the rules to answer, a store that does not
+/// answer may answer in the next generation, and all else is the end.
+fn unreadable(host: &Trainer, error: RestoreError) -> Interrupted {
+    match error {
+        RestoreError::Load(error) if error.fault.is_damage() => {
+            let setting_aside = checkpoints::set_aside(&host.checkpoints, &error);
+            match host.runtime.block_on(setting_aside) {
+                Ok(reason) => Interrupted::Checkpoint { step: error.step, reason },
+                Err(error) => Interrupted::Forming { reason: chain(&error) },
+            }
+        }
+        RestoreError::Load(error) => Interrupted::Forming { reason: chain(&error) },
+        error @ (RestoreError::Open(_)
+        | RestoreError::Quarantine(_)
+        | RestoreError::OtherSections { .. }) => Interrupted::Fatal { reason: chain(&error) },
     }
 }
 

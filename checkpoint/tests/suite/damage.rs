@@ -4,8 +4,9 @@ use std::fs;
 
 use bytes::Bytes;
 use checkpoint::{
-    Checkpoint, Fault, SaveError, Store, commit, committed_steps, manifest_name, newest_intact,
-    prune, save_part,
+    Checkpoint, Committed, Fault, SaveError, Store, commit, committed_steps, manifest_name,
+    newest_intact, prune, quarantine, quarantine_name, quarantined_steps, save_part,
+    unfinished_steps,
 };
 use cluster::Step;
 
@@ -154,6 +155,41 @@ async fn what_an_unfinished_save_left_does_not_spoil_the_next() {
     let parts = save(&folder.store, NEWEST, 3).await;
     commit(&folder.store, &manifest(NEWEST, parts, "n")).await.unwrap();
     Checkpoint::open(&folder.store, NEWEST).await.unwrap().verify().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_quarantined_checkpoint_keeps_its_bytes_and_is_passed_over_until_it_is_saved_again() {
+    let folder = folder();
+    checkpoints(&folder.store, &[10, 20, 30]).await;
+    fs::write(folder.part(NEWEST, 0), "rotten").unwrap();
+    for _ in 0..2 {
+        quarantine(&folder.store, NEWEST, "part 0 is rotten").await.unwrap();
+    }
+    assert_eq!(committed_steps(&folder.store).await.unwrap(), [Step(20), Step(10)]);
+    assert_eq!(quarantined_steps(&folder.store).await.unwrap(), [NEWEST]);
+    assert_eq!(fs::read(folder.part(NEWEST, 0)).unwrap(), b"rotten");
+    let marker = fs::read_to_string(folder.file(&quarantine_name(NEWEST))).unwrap();
+    assert_eq!(marker, "{\"reason\":\"part 0 is rotten\"}");
+
+    let parts = save(&folder.store, NEWEST, 2).await;
+    let again = commit(&folder.store, &manifest(NEWEST, parts, "again")).await.unwrap();
+    assert_eq!(again, Committed::Before);
+    assert_eq!(committed_steps(&folder.store).await.unwrap()[0], NEWEST);
+    assert_eq!(quarantined_steps(&folder.store).await.unwrap(), []);
+    Checkpoint::open(&folder.store, NEWEST).await.unwrap().verify().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cut_short_saves_left_below_the_newest_checkpoint_is_found() {
+    let folder = folder();
+    save(&folder.store, Step(10), 2).await;
+    assert_eq!(unfinished_steps(&folder.store).await.unwrap(), [], "it may still be finished");
+    checkpoints(&folder.store, &[20, 30]).await;
+    quarantine(&folder.store, Step(20), "a test").await.unwrap();
+    save(&folder.store, Step(40), 2).await;
+    assert_eq!(unfinished_steps(&folder.store).await.unwrap(), [Step(10)]);
+    prune(&folder.store, Step(10)).await.unwrap();
+    assert_eq!(unfinished_steps(&folder.store).await.unwrap(), []);
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "what the tests share may panic as they do")]
 
 mod committing;
+mod crashes;
 mod damage;
 mod fixture;
 mod unreliable;

@@ -16,7 +16,10 @@ use shards::Dataset;
 use tokio::{net::TcpListener, sync::oneshot};
 use tracing_subscriber::EnvFilter;
 
-use crate::run_dir::{self, RunDir};
+use crate::{
+    command::checkpoints,
+    run_dir::{self, RunDir},
+};
 
 pub(super) const AFTER_HELP: &str =
     "PERCHERON_LOG says how much is logged on the standard error [default: info].";
@@ -54,13 +57,14 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     let dir = RunDir::at(&arguments.run_dir)?;
     let recipe = Recipe::load(&arguments.recipe, &[])?;
     let samples = Dataset::open(&recipe.data.location, &recipe.data.train)?.len();
+    let plan = recipe.plan(dir.run()?, samples, arguments.workers)?;
     let config = Config {
-        run: recipe.plan(dir.run()?, samples, arguments.workers)?,
         recipe: recipe.to_toml(),
         token: dir.read_token()?,
         log: dir.log(),
         checkpoints: dir.location().to_owned(),
-        keep: recipe.checkpoint.keep as usize,
+        keep: checkpoints::retention(&recipe, plan.steps_per_epoch),
+        run: plan,
         software: format!("percheron {}", env!("CARGO_PKG_VERSION")),
     };
     let listen = arguments.listen;

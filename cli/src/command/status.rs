@@ -1,27 +1,20 @@
 //! `percheron status`: how far a run is, from its coordinator or, if there is none, from its log.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use checkpoint::{Store, committed_steps};
 use clap::Args;
 use cluster::{Outcome, Step};
-use coordinator::EventLog;
-use proto::v1::{Liveness, watch_response::Kind};
+use proto::v1::Liveness;
 use serde::Serialize;
-use tokio::time::timeout;
 
 use crate::{
-    client::{self, Client},
+    history::{self, History},
     print,
-    run_dir::{Contents, RunDir},
+    run_dir::RunDir,
     up::{Report, Top1},
 };
-
-/// How long a coordinator may take to answer before the log is read instead.
-const ANSWER_MAX: Duration = Duration::from_secs(3);
-/// A coordinator that says nothing for so long has said all it knows.
-const SILENCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -70,9 +63,7 @@ struct Scores {
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     let dir = RunDir::at(&arguments.run_dir)?;
-    if dir.contents()? == Contents::Nothing {
-        bail!("run directory {dir} holds no run: there is no recipe.toml in it");
-    }
+    history::require_run(&dir)?;
     let status = find(&dir).await?;
     if arguments.json {
         print::out(&serde_json::to_string(&status).context("the status cannot be written")?);
@@ -83,39 +74,12 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
 }
 
 async fn find(dir: &RunDir) -> Result<Status> {
-    let (coordinator, report, liveness) = match ask(dir).await? {
-        Some((address, report, liveness)) => (Some(address), report, liveness),
-        None if dir.log().exists() => {
-            let entries = EventLog::open(&dir.log())?.read_from(1)?;
-            (None, Report::of(&entries), Liveness::default())
-        }
-        None => (None, Report::default(), Liveness::default()),
-    };
+    let History { entries, coordinator, liveness } = history::read(dir, 1).await?;
+    let report = Report::of(&entries);
     let store = Store::open(dir.location())?;
     let checkpoints = committed_steps(&store).await?;
     let run = dir.run()?.to_string();
     Ok(Status::of(run, dir, coordinator, &report, &liveness, &checkpoints))
-}
-
-/// What the coordinator says; nothing if there is none.
-async fn ask(dir: &RunDir) -> Result<Option<(String, Report, Liveness)>> {
-    let Some(address) = dir.read_address() else { return Ok(None) };
-    let client = Client::new(&address, dir.run()?, &dir.read_token()?)?;
-    let Ok(Ok(mut stream)) = timeout(ANSWER_MAX, client.watch(1)).await else { return Ok(None) };
-    let mut report = Report::default();
-    let mut liveness = Liveness::default();
-    // The log comes first, then the first news of the workers.
-    while let Ok(Ok(Some(message))) = timeout(SILENCE, stream.message()).await {
-        match message.kind {
-            Some(Kind::Entry(entry)) => report.apply(&client::entry(&entry)?),
-            Some(Kind::Liveness(told)) => {
-                liveness = told;
-                break;
-            }
-            None => {}
-        }
-    }
-    Ok((report.last() > 0).then_some((address, report, liveness)))
 }
 
 impl Status {

@@ -37,14 +37,19 @@ pub(crate) struct Arguments {
     /// coordinator-kill@STEP, separated by commas, such as kill@60,join@90.
     #[arg(long, value_name = "SPEC")]
     chaos: Option<String>,
+    /// If the newest checkpoint of --run-dir is damaged, set it aside (nothing is deleted) and go on from
+    /// the newest intact one. Without this, `up` refuses and names the damaged object.
+    #[arg(long)]
+    quarantine: bool,
     /// Print the result as one line of JSON; what happens on the way goes to the standard error.
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let Arguments { recipe, workers, run_dir, sets, chaos, json } = arguments;
-    let start = prepare(Request { recipe, workers, run_dir, sets, chaos, json }).await?;
+    let Arguments { recipe, workers, run_dir, sets, chaos, quarantine, json } = arguments;
+    let start =
+        prepare(Request { recipe, workers, run_dir, sets, chaos, json, quarantine }).await?;
     let ending = match start {
         Start::Finished(summary) => Ending::Finished(summary),
         Start::Run(prepared) => supervise(*prepared).await?,

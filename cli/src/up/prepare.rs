@@ -1,15 +1,16 @@
 //! Everything that can be wrong with a run before it starts. All is checked before anything is written.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use checkpoint::{Checkpoint, LoadError, Store, committed_steps};
+use checkpoint::{Checkpoint, LoadError, Store, committed_steps, quarantine};
 use cluster::{Ledger, Outcome, Record, RunConfig, RunId, Step};
-use coordinator::{EventLog, LogError};
+use coordinator::EventLog;
 use recipe::Recipe;
 use shards::Dataset;
 
 use crate::{
+    history, print,
     run_dir::{Contents, Lock, RunDir, free_run_dir},
     up::{
         chaos::Chaos,
@@ -17,9 +18,6 @@ use crate::{
         worker_program,
     },
 };
-
-/// How long the coordinator of an `up` that has just ended may still hold the event log.
-const LOG_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a person asked for.
 #[derive(Debug)]
@@ -30,6 +28,8 @@ pub(crate) struct Request {
     pub(crate) sets: Vec<String>,
     pub(crate) chaos: Option<String>,
     pub(crate) json: bool,
+    /// Damaged checkpoints are set aside, and the newest intact one is taken.
+    pub(crate) quarantine: bool,
 }
 
 /// A run that can be started.
@@ -84,7 +84,7 @@ pub(crate) async fn prepare(request: Request) -> Result<Start> {
     let (dir, lock, report, worker_program) = match (given, stored) {
         (Some(dir), Contents::Run(_)) => {
             let lock = dir.lock()?;
-            let report = check_history(&dir).await?;
+            let report = check_history(&dir, request.quarantine).await?;
             if let Some(summary) = report.summary(plan.run.as_str(), dir.location()) {
                 return Ok(Start::Finished(Box::new(summary)));
             }
@@ -173,8 +173,8 @@ fn check_dataset(recipe: &Recipe) -> Result<u64> {
 }
 
 /// What is there of a run that was begun: its log, and the checkpoint that it would go on from.
-async fn check_history(dir: &RunDir) -> Result<Report> {
-    let mut log = if dir.log().exists() { Some(open_log(dir).await?) } else { None };
+async fn check_history(dir: &RunDir, can_quarantine: bool) -> Result<Report> {
+    let mut log = if dir.log().exists() { Some(history::open_log(dir).await?) } else { None };
     let entries = log.as_ref().map(|log| log.read_from(1)).transpose()?.unwrap_or_default();
     let mut report = Report::of(&entries);
     match &report.ledger().outcome {
@@ -186,18 +186,39 @@ async fn check_history(dir: &RunDir) -> Result<Report> {
         None => {}
     }
     let store = Store::open(dir.location())?;
+    let mut aside = BTreeMap::new();
+    while let Some(error) = check_newest(&store).await? {
+        if !can_quarantine || error.intact.is_none() {
+            return Err(explain(dir, report.ledger(), &error));
+        }
+        let LoadError { step, fault, .. } = error;
+        print::err(&format!("warning: the checkpoint of step {step} is quarantined: {fault}"));
+        quarantine(&store, step, &fault.to_string()).await?;
+        aside.insert(step, format!("quarantined, for {fault}"));
+    }
     let committed = committed_steps(&store).await?;
-    if let Some(&newest) = committed.first() {
-        let checked = match Checkpoint::open(&store, newest).await {
-            Ok(checkpoint) => checkpoint.verify().await,
-            Err(error) => Err(error),
-        };
-        checked.map_err(|error| explain(dir, report.ledger(), &error))?;
+    if report.last() == 0
+        && let Some(newest) = committed.first()
+    {
+        bail!(
+            "the run in {dir} has checkpoints up to step {newest}, but its event log {} has no record: \
+             put it back, or move {dir}/checkpoints away to train from the start",
+            dir.log().display()
+        );
     }
     if let Some(log) = &mut log {
-        forget_missing(dir, log, &mut report, &committed)?;
+        forget_missing(dir, log, &mut report, &committed, &aside)?;
     }
     Ok(report)
+}
+
+/// What is wrong with the newest checkpoint, if anything.
+async fn check_newest(store: &Store) -> Result<Option<LoadError>> {
+    let Some(&newest) = committed_steps(store).await?.first() else { return Ok(None) };
+    Ok(match Checkpoint::open(store, newest).await {
+        Ok(checkpoint) => checkpoint.verify().await.err(),
+        Err(error) => Some(error),
+    })
 }
 
 /// A checkpoint that was taken away, because it was damaged for instance, is no longer counted on.
@@ -206,12 +227,14 @@ fn forget_missing(
     log: &mut EventLog,
     report: &mut Report,
     committed: &[Step],
+    aside: &BTreeMap<Step, String>,
 ) -> Result<()> {
     let kept = report.ledger().checkpoints.iter().rev();
     let missing: Vec<Step> = kept.take_while(|step| !committed.contains(step)).copied().collect();
     let Some(newest) = missing.first() else { return Ok(()) };
-    let (records, after) = forgetting(report.ledger(), &missing);
-    if after.checkpoints.last().is_some_and(|step| !committed.contains(step)) {
+    let (records, after) = forgetting(report.ledger(), &missing, aside);
+    // Without any, the run would silently begin anew.
+    if after.checkpoints.last().is_none_or(|step| !committed.contains(step)) {
         bail!(
             "the run in {dir} counts on its checkpoint of step {newest}, which is not in {dir}/\
              checkpoints any more: put it back"
@@ -225,9 +248,16 @@ fn forget_missing(
 
 /// The records that say that checkpoints are gone, and the ledger after them: whether that is enough
 /// to go on from another one is for the rules to say.
-fn forgetting(ledger: &Ledger, gone: &[Step]) -> (Vec<Record>, Ledger) {
-    let reason = "it is no longer in the run directory".to_owned();
-    let record = |&step: &Step| Record::CheckpointAbandoned { step, reason: reason.clone() };
+fn forgetting(
+    ledger: &Ledger,
+    gone: &[Step],
+    aside: &BTreeMap<Step, String>,
+) -> (Vec<Record>, Ledger) {
+    let missing = "it is quarantined, or no longer in the run directory";
+    let record = |&step: &Step| {
+        let reason = aside.get(&step).map_or(missing, String::as_str).to_owned();
+        Record::CheckpointAbandoned { step, reason }
+    };
     let records: Vec<_> = gone.iter().map(record).collect();
     let mut after = ledger.clone();
     records.iter().for_each(|record| after.apply(record));
@@ -236,12 +266,10 @@ fn forgetting(ledger: &Ledger, gone: &[Step]) -> (Vec<Record>, Ledger) {
 
 fn explain(dir: &RunDir, ledger: &Ledger, error: &LoadError) -> anyhow::Error {
     let LoadError { step, fault, intact } = error;
-    let (_, after) = forgetting(ledger, &[*step]);
     let advice = match intact {
-        Some(intact) if after.checkpoints.last() == Some(intact) => format!(
-            "restore that object from a copy, or move the folder {dir}/checkpoints/step-{:010} away \
-             to go on from step {intact}, whose checkpoint is intact",
-            step.0
+        Some(intact) if ledger.checkpoints.contains(intact) => format!(
+            "restore that object from a copy, or say --quarantine to set this checkpoint aside and go on \
+             from step {intact}, whose checkpoint is intact"
         ),
         Some(intact) => {
             format!("restore that object from a copy (the checkpoint of step {intact} is intact)")
@@ -252,17 +280,4 @@ fn explain(dir: &RunDir, ledger: &Ledger, error: &LoadError) -> anyhow::Error {
         None => "try again when the store answers".to_owned(),
     };
     anyhow::anyhow!("the checkpoint of step {step} cannot be used: {fault}; {advice}")
-}
-
-/// The coordinator of an `up` that has just been killed ends a moment after it.
-async fn open_log(dir: &RunDir) -> Result<EventLog> {
-    let give_up = tokio::time::Instant::now() + LOG_PATIENCE;
-    loop {
-        match EventLog::open(&dir.log()) {
-            Err(LogError::InUse { .. }) if tokio::time::Instant::now() < give_up => {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            opened => return Ok(opened?),
-        }
-    }
 }

@@ -116,6 +116,33 @@ impl Coordinator {
         }
     }
 
+    /// A member of the newest generation could not read the checkpoint that it was to start from, twice.
+    /// The one before is offered in a new generation.
+    ///
+    /// If it is the only one, nothing is forgotten, so that it may still be restored: the worker is
+    /// refused, and never begins from nothing.
+    pub(super) fn checkpoint_damaged(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        step: Step,
+        reason: &str,
+    ) {
+        match self.ledger.checkpoints.as_slice() {
+            [only] if *only == step => {
+                let cause = format!("{reason}; restore it: no other checkpoint is intact");
+                self.workers_lost(now, &[worker], &cause);
+            }
+            kept if kept.binary_search(&step).is_ok() => {
+                let reason = format!("quarantined, for {reason}");
+                self.record(Record::CheckpointAbandoned { step, reason });
+                let reason = format!("the checkpoint of step {step} is damaged");
+                self.open_generation(now, false, &reason);
+            }
+            _ => {} // It was not offered.
+        }
+    }
+
     pub(super) fn abandon(&mut self, which: impl Fn(Step, &Saving) -> bool, reason: &str) {
         let given_up = self.saving.iter().filter(|&(&step, saving)| which(step, saving));
         let given_up: Vec<_> = given_up.map(|(&step, _)| step).collect();

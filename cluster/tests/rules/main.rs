@@ -1,5 +1,6 @@
 //! The rules of the two machines, one test a rule.
 
+mod audit;
 mod membership;
 mod participant;
 mod replay;

@@ -262,3 +262,51 @@ fn a_step_that_was_in_flight_at_a_loss_counts_as_repeated() {
     table.say(A, Report::Formed { generation, step, digest, begun, stopped_at, metrics });
     assert_eq!(table.coordinator.ledger().repeated, 1);
 }
+
+/// All workers of a run with checkpoints of these steps are gone, and D has come to begin anew.
+fn only_checkpoints_are_left(steps: &[u64]) -> Table {
+    let mut table = Table::training(&[A]);
+    table.apply(50);
+    let generation = table.generation();
+    for &step in steps {
+        table.say(A, share(generation, step, &[0, 1, 2, 3]));
+        table.handle(Event::CheckpointCommitted { step: Step(step) });
+    }
+    table.exit(A);
+    table.join(D);
+    table
+}
+
+fn damaged(generation: Generation, step: u64) -> Report {
+    let reason = "part 1 is torn".to_owned();
+    Report::CheckpointDamaged { generation, step: Step(step), reason }
+}
+
+#[test]
+fn the_checkpoint_before_a_damaged_one_is_offered_and_the_damaged_one_named() {
+    let mut table = only_checkpoints_are_left(&[20, 40]);
+    let before = table.generation();
+    let commands = table.say(D, damaged(before, 40));
+    let group = &forms(&commands)[&D];
+    assert_eq!((group.generation, group.checkpoint), (before.next(), Some(Step(20))));
+    let Record::CheckpointAbandoned { step, reason } = &records(&commands)[0] else {
+        panic!("{commands:?}");
+    };
+    assert_eq!((*step, reason.as_str()), (Step(40), "quarantined, for part 1 is torn"));
+    assert!(table.say(D, damaged(before, 40)).is_empty(), "it is said once");
+    table.form(D, 20);
+    table.is_training();
+    assert_eq!(table.coordinator.ledger().repeated, 30);
+    assert_eq!(table.coordinator.ledger().canonical, Step(50));
+}
+
+#[test]
+fn a_run_whose_only_checkpoint_is_damaged_neither_begins_anew_nor_is_given_up() {
+    let mut table = only_checkpoints_are_left(&[40]);
+    let commands = table.say(D, damaged(table.generation(), 40));
+    let said = said_to(&commands, D);
+    let [Order::Refuse { reason }] = &said[..] else { panic!("{said:?}") };
+    assert!(reason.contains("part 1 is torn; restore it: no other checkpoint is intact"));
+    assert_eq!(table.coordinator.ledger().outcome, None);
+    assert_eq!(table.coordinator.ledger().checkpoints, [Step(40)], "it may be restored");
+}

@@ -76,7 +76,12 @@ impl Watch {
         }
     }
 
-    fn require(&mut self, invariant: &'static str, holds: bool, found: impl FnOnce() -> String) {
+    pub(crate) fn require(
+        &mut self,
+        invariant: &'static str,
+        holds: bool,
+        found: impl FnOnce() -> String,
+    ) {
         if !holds && self.violation.is_none() {
             self.violation = Some(Violation { invariant, found: found() });
         }

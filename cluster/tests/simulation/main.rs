@@ -10,7 +10,7 @@
 //! | `office`, `host` | the hosts of the real `Coordinator` and `Participant` |
 //! | `network` | their sessions |
 //! | `trainer` | modelled: states as hash chains, formations, sums, evaluations, uploads |
-//! | `invariants` | what must hold after every event |
+//! | `invariants`, `proof` | what must hold after every event, and of the log at the end |
 
 mod chance;
 mod host;
@@ -18,6 +18,7 @@ mod invariants;
 mod network;
 mod office;
 mod plan;
+mod proof;
 mod trainer;
 mod world;
 

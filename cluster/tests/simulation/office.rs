@@ -304,6 +304,7 @@ fn generation_of(report: &Report) -> Option<Generation> {
         | Report::Evaluated { generation, .. }
         | Report::ShareWritten { generation, .. }
         | Report::ShareFailed { generation, .. }
+        | Report::CheckpointDamaged { generation, .. }
         | Report::Finished { generation, .. } => Some(*generation),
         Report::Heartbeat(_) | Report::Leaving { .. } | Report::Failed { .. } => None,
     }
@@ -326,6 +327,7 @@ fn relabelled(report: Report, newest: Generation) -> Report {
         | Report::ExchangeLost { .. }
         | Report::ShareWritten { .. }
         | Report::ShareFailed { .. }
+        | Report::CheckpointDamaged { .. }
         | Report::Leaving { .. }
         | Report::Failed { .. }) => other,
     }

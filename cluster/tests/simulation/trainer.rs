@@ -367,7 +367,12 @@ impl World {
 
     fn metrics(&self, step: Step) -> StepMetrics {
         let short = |n: u64| f32::from(u16::try_from(n).expect("it is small"));
-        StepMetrics { loss: short(step.0), step_ms: short(self.plan.step_ms), ..Default::default() }
+        StepMetrics {
+            loss: short(step.0),
+            images: 1,
+            step_ms: short(self.plan.step_ms),
+            ..Default::default()
+        }
     }
 
     fn evaluation(&self, step: Step) -> Evaluation {

@@ -148,6 +148,9 @@ impl World {
             events += 1;
             self.happen(happening);
             self.watch_over();
+            if self.is_over() {
+                self.prove();
+            }
             if let Some(violation) = self.watch.violation.take() {
                 let story = self.story.into();
                 return Err(Failure { seed: self.watch.seed, violation, story });

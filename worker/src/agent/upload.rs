@@ -1,17 +1,12 @@
 //! Shares of a checkpoint on their way to the store.
 
-use std::time::Duration;
-
 use bytes::Bytes;
-use checkpoint::{Layout, PartRecord, SaveError, Store, save_part};
+use checkpoint::{Layout, PartRecord, Retries, SaveError, Store, retrying, save_part};
 use cluster::{Generation, Notice, Part, Share, Step};
 use tracing::warn;
 
 use crate::train::{ShareBytes, chain};
 
-/// How often a part is put before it is given up, and the pause before the second attempt.
-const SAVE_ATTEMPTS: u32 = 5;
-const SAVE_PAUSE: Duration = Duration::from_millis(200);
 /// Puts a share into the store.
 pub(super) async fn upload(store: Store, generation: Generation, share: ShareBytes) -> Notice {
     let ShareBytes { step, layout, parts } = share;
@@ -39,18 +34,10 @@ async fn put(
     index: u32,
     bytes: Bytes,
 ) -> Result<Part, SaveError> {
-    let mut pause = SAVE_PAUSE;
-    for _ in 1..SAVE_ATTEMPTS {
-        match save_part(store, layout, step, index, bytes.clone()).await {
-            Err(error) if error.is_transient() => {
-                warn!(step = step.0, part = index, error = chain(&error), "saving is tried again");
-                tokio::time::sleep(pause).await;
-                pause *= 2;
-            }
-            done => return done.map(part),
-        }
-    }
-    save_part(store, layout, step, index, bytes).await.map(part)
+    let record = retrying(Retries::of("save a part"), || {
+        save_part(store, layout, step, index, bytes.clone())
+    });
+    record.await.map(part)
 }
 
 fn part(record: PartRecord) -> Part {

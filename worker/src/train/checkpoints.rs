@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use checkpoint::{Checkpoint, Layout, LoadError, Store};
+use checkpoint::{Checkpoint, Layout, LoadError, Retries, Store, StoreError, quarantine, retrying};
 use cluster::{Rank, Step};
+use tracing::warn;
 
 use super::state::{TrainState, section_index};
 
@@ -28,6 +29,9 @@ pub enum RestoreError {
     /// It is damaged, or the store does not answer.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// It could not be set aside.
+    #[error("the damaged checkpoint cannot be quarantined")]
+    Quarantine(#[from] StoreError),
     /// It is of another network or another version of this program.
     #[error(
         "checkpoint of step {step} holds {found} and not {wanted}: it is of another network or \
@@ -70,9 +74,47 @@ pub(crate) async fn restore(
     state: &mut TrainState,
     wanted: &Layout,
 ) -> Result<(), RestoreError> {
-    state.tear();
     let store = Store::open(location)?;
-    let checkpoint = Checkpoint::open(&store, step).await?;
+    let (mut retries, mut was_damaged) = (Retries::of("read a checkpoint"), false);
+    loop {
+        match read(&store, step, state, wanted).await {
+            // Bytes may be damaged on their way. What is damaged in the store is so twice.
+            Err(RestoreError::Load(error)) if error.fault.is_damage() && !was_damaged => {
+                warn!(step = step.0, %error, "a checkpoint seems damaged; it is read once more");
+                was_damaged = true;
+            }
+            Err(RestoreError::Load(error)) => {
+                if !retries.again(&error).await {
+                    return Err(error.into());
+                }
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Sets the checkpoint aside if another is intact, and says what is wrong with it.
+///
+/// # Errors
+/// If the store does not take the marker.
+pub(crate) async fn set_aside(location: &str, error: &LoadError) -> Result<String, RestoreError> {
+    let reason = error.fault.to_string();
+    if error.intact.is_some() {
+        let store = Store::open(location)?;
+        let retries = Retries::of("set a checkpoint aside");
+        retrying(retries, || quarantine(&store, error.step, &reason)).await?;
+    }
+    Ok(reason)
+}
+
+async fn read(
+    store: &Store,
+    step: Step,
+    state: &mut TrainState,
+    wanted: &Layout,
+) -> Result<(), RestoreError> {
+    state.tear();
+    let checkpoint = Checkpoint::open(store, step).await?;
     let manifest = checkpoint.manifest();
     if manifest.sections != wanted.sections() {
         let text = |sections: &[checkpoint::Section]| {

@@ -1,0 +1,88 @@
+//! `percheron audit`: proves from its log that a run did what its recipe says, or names the place where
+//! it did not.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use cluster::{
+    Step, VirtualRank,
+    audit::{EpochProof, Samples, audit},
+};
+use shards::{BatchPlan, Dataset};
+
+use crate::{history, print, run_dir::RunDir};
+
+/// So many of the samples that an epoch leaves out are shown.
+const SHOWN_MAX: usize = 8;
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The folder of the run.
+    #[arg(value_name = "RUN_DIR")]
+    run_dir: PathBuf,
+}
+
+/// The order in which the recipe visits the data.
+struct Plan {
+    batches: BatchPlan,
+    samples: u64,
+    virtual_ranks: u32,
+}
+
+impl Samples for Plan {
+    fn count(&self) -> u64 {
+        self.samples
+    }
+
+    fn global_batch(&self) -> u64 {
+        self.batches.global_batch()
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        self.batches.steps_per_epoch()
+    }
+
+    fn consumed_from(&self, step: Step, ids: &mut Vec<u64>) {
+        let (epoch, place) = self.batches.position(step);
+        for rank in (0..self.virtual_ranks).map(VirtualRank) {
+            ids.extend(self.batches.micro_batch(epoch, place, rank));
+        }
+    }
+}
+
+pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
+    let dir = RunDir::at(&arguments.run_dir)?;
+    let recipe = history::require_run(&dir)?;
+    let samples = Dataset::open(&recipe.data.location, &recipe.data.train)
+        .context("key \"data.train\"")?
+        .len();
+    let in_recipe = || format!("{} with {samples} training samples", dir.recipe().display());
+    let planned = recipe.plan(dir.run()?, samples, 1).with_context(in_recipe)?;
+    let (virtual_ranks, batch) = (recipe.virtual_ranks, recipe.batch_size);
+    let batches = BatchPlan::new(samples, virtual_ranks, batch, recipe.seed);
+    let batches = batches.with_context(in_recipe)?;
+    let entries = history::read(&dir, 1).await?.entries;
+    let records = entries.iter().map(|entry| (entry.sequence, entry.at, &entry.record));
+    let proof = audit(&planned, &Plan { batches, samples, virtual_ranks }, records)
+        .with_context(|| format!("the log of run {dir} contradicts itself or its recipe"))?;
+    proof.epochs.iter().for_each(|epoch| print::out(&line(epoch)));
+    print::out(&proof.to_string());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(proof: &EpochProof) -> String {
+    let EpochProof { epoch, steps, consumed, is_complete, left_out } = proof;
+    let mut line = format!("epoch {epoch}: {steps} steps, {consumed} samples, each once");
+    match left_out.as_slice() {
+        _ if !is_complete => line.push_str("; not over yet"),
+        [] => line.push_str("; none left out"),
+        ids => {
+            let shown: Vec<_> = ids.iter().take(SHOWN_MAX).map(ToString::to_string).collect();
+            let more = if ids.len() > SHOWN_MAX { ", ..." } else { "" };
+            let (count, shown) = (ids.len(), shown.join(", "));
+            line.push_str(&format!("; {count} left out by drop_last: {shown}{more}"));
+        }
+    }
+    line
+}
