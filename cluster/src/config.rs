@@ -169,6 +169,25 @@ impl Timeouts {
             gather: (max_recovery * 6).max(Duration::from_secs(30)),
         })
     }
+
+    /// A member that keeps the others waiting in one phase for so long is stuck, unless the phase is
+    /// known to take longer.
+    #[must_use]
+    pub fn progress(&self) -> Duration {
+        self.form
+    }
+
+    /// The same while nobody knows how long a phase takes, and in the first step of a worker's life.
+    #[must_use]
+    pub fn first_step(&self) -> Duration {
+        self.gather
+    }
+
+    /// The same for the first evaluation: it goes over a whole split.
+    #[must_use]
+    pub fn first_evaluation(&self) -> Duration {
+        self.gather * 10
+    }
 }
 
 #[cfg(test)]
@@ -204,7 +223,8 @@ pub(crate) mod tests {
         for seconds in [2, 10, 60, 3600] {
             let t = Timeouts::derived_from(Duration::from_secs(seconds)).unwrap();
             assert!(t.heartbeat < t.suspicion && t.suspicion < t.lease && t.lease < t.form);
-            assert!(t.form <= t.max_recovery);
+            assert!(t.form <= t.progress() && t.progress() <= t.max_recovery);
+            assert!(t.max_recovery < t.first_step() && t.first_step() < t.first_evaluation());
         }
         assert!(Timeouts::derived_from(Duration::from_secs(1)).is_err());
     }

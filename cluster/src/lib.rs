@@ -39,6 +39,7 @@
 //! | `event`, `command`, `record` | what goes in, what comes out, what is durable |
 //! | `coordinator` | the machine of the coordinator; `change`: who comes and goes; `results`: what counts |
 //! | `membership`, `ledger` | the workers it knows; what it must never forget |
+//! | `progress` | how long phases take, and who keeps the others waiting |
 //! | `participant` | the machine of a worker |
 //! | `blocks` | virtual ranks to workers, and the fixed tree of the sum |
 //! | `tests/rules`, `tests/simulation` | one test a rule; many made-up runs, with named invariants |
@@ -53,6 +54,7 @@ mod ids;
 mod ledger;
 mod membership;
 mod participant;
+mod progress;
 mod record;
 mod time;
 

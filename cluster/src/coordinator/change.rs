@@ -45,6 +45,7 @@ impl Coordinator {
             let Some(known) = self.workers.remove(worker) else {
                 continue; // Its lease, its supervisor and its peers all report the same death.
             };
+            self.pace.forget(worker);
             let name = known.name.clone();
             self.record(Record::WorkerLost { worker, name, cause: cause.to_owned() });
             let reason = format!("the run went on without this worker: {cause}");
@@ -245,6 +246,7 @@ impl Coordinator {
             | Phase::Training { .. }
             | Phase::Ended => {}
         }
+        self.look_for_the_stuck(now);
     }
 
     /// A coordinator that was not called for longer than it asked was not running, and heard nobody:
@@ -254,6 +256,7 @@ impl Coordinator {
             return;
         }
         self.workers.forgive(now);
+        self.pace_checked_after = now + self.config.timeouts.lease;
         let suspicion = self.config.timeouts.suspicion;
         let form = if self.stopped.is_empty() { self.form_allowance() } else { suspicion };
         match &mut self.phase {

@@ -2,6 +2,7 @@
 
 mod membership;
 mod participant;
+mod progress;
 mod replay;
 mod restart;
 mod results;
