@@ -1,6 +1,8 @@
 //! The subcommands.
 
+mod change;
 mod coordinator;
+mod explain;
 mod recipe;
 mod shards;
 mod status;
@@ -20,6 +22,13 @@ pub(crate) enum Command {
     Up(up::Arguments),
     /// Show how far a run is.
     Status(status::Arguments),
+    /// Let a worker of a run leave without loss.
+    Drain(change::Drain),
+    /// Let more or fewer workers take part in a run that is on.
+    Resize(change::Resize),
+    /// Say why things are as they are.
+    #[command(subcommand)]
+    Explain(explain::Command),
     /// Pack, verify and inspect datasets.
     #[command(subcommand)]
     Shards(shards::Command),
@@ -40,6 +49,9 @@ impl Command {
         match self {
             Self::Up(arguments) => in_runtime(up::run(arguments)),
             Self::Status(arguments) => in_runtime(status::run(arguments)),
+            Self::Drain(arguments) => in_runtime(change::drain(arguments)),
+            Self::Resize(arguments) => in_runtime(change::resize(arguments)),
+            Self::Explain(command) => explain::run(command),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

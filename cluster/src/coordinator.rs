@@ -176,6 +176,7 @@ impl Coordinator {
             Event::SessionClosed { worker } => self.session_closed(now, worker),
             Event::ProcessExited { worker, how } => self.workers_lost(now, &[worker], &how),
             Event::DrainRequested { worker } => self.drain(worker),
+            Event::ResizeRequested { workers } => self.resize(workers),
             Event::CheckpointCommitted { step } => self.checkpoint_committed(now, step),
             Event::CheckpointFailed { step, reason } => self.commit_failed(step, &reason),
             Event::DeadlineReached => self.deadlines_passed(now),
@@ -346,7 +347,7 @@ impl Coordinator {
         Group {
             generation: self.ledger.generation,
             term: self.ledger.opened_in,
-            members: self.ledger.members.clone(),
+            members: self.ledger.members.clone().into(),
             planned: self.ledger.planned,
             checkpoint: self.ledger.checkpoint_offered,
             checkpoint_at: self.checkpoint_at,

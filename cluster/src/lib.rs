@@ -59,7 +59,7 @@ mod record;
 mod time;
 
 pub use command::{Command, Group, Member, Order};
-pub use config::{InvalidConfig, RunConfig, Timeouts};
+pub use config::{InvalidConfig, RunConfig, Timeouts, Wait};
 pub use coordinator::{Coordinator, Formed, Phase};
 pub use event::{
     Evaluation, Event, ExitScores, Hello, Part, Progress, Report, Share, StepMetrics, StepPhase,

@@ -45,9 +45,9 @@ pub(crate) struct Pace {
 pub(crate) enum Verdict {
     /// These members keep the others waiting, worst first.
     Stuck(Vec<Stuck>),
-    /// All wait, and nobody can be told from the others.
+    /// Nobody moves, and nobody can be told from the others.
     Stalled {
-        /// What they wait in.
+        /// What they are in.
         phase: StepPhase,
         /// For how long at least.
         lasted: Duration,
@@ -130,6 +130,17 @@ impl Pace {
         floor.max(learnt)
     }
 
+    /// For how long a worker has been in its phase, as far as is known.
+    pub(crate) fn in_phase(&self, worker: WorkerId) -> Option<Duration> {
+        self.latest.get(&worker).map(|progress| progress.in_phase)
+    }
+
+    /// Whether a worker is in its phase for longer than it may be.
+    pub(crate) fn is_late(&self, timeouts: &Timeouts, worker: WorkerId) -> bool {
+        let said = self.latest.get(&worker);
+        said.is_some_and(|said| said.in_phase >= self.deadline(timeouts, worker, said.phase))
+    }
+
     /// Whether members stand still, and because of whom. `is_formed`: they train; otherwise they form
     /// a generation, and a stand-still is not looked for.
     pub(crate) fn verdict(
@@ -159,6 +170,9 @@ impl Pace {
         let mut stuck = Vec::new();
         let behind = known.iter().filter(|(_, progress)| position(progress) == rear);
         for &(worker, progress) in behind {
+            if progress.in_phase < timeouts.progress() {
+                continue;
+            }
             // In a third of its time the others were where it is now.
             let waits = |other: &Progress| {
                 position(other) > rear
@@ -182,14 +196,22 @@ impl Pace {
         stuck
     }
 
-    /// If all wait in a sum or an evaluation for too long: which, and for how long.
+    /// If all wait in a sum or an evaluation for too long, or none has moved for ages: which, and for how long.
     fn stall(&self, timeouts: &Timeouts, known: &[(WorkerId, Progress)]) -> Option<Verdict> {
         let is_late = |&(worker, progress): &(WorkerId, Progress)| {
+            if progress.in_phase < timeouts.progress() {
+                return false; // The most common case is the cheapest.
+            }
             let deadline = self.deadline(timeouts, worker, progress.phase);
             progress.in_phase >= deadline * 2_u32.pow(self.stalls)
         };
         let is_meeting = |phase| matches!(phase, StepPhase::Reduce | StepPhase::Evaluate);
-        let all = known.iter().all(|one| is_meeting(one.1.phase) && is_late(one));
+        let all_wait = known.iter().all(|one| is_meeting(one.1.phase) && is_late(one));
+        // If all hang, nobody waits: then nothing takes longer than the first evaluation may.
+        let longest = timeouts.first_evaluation() * 2_u32.pow(self.stalls);
+        let is_over =
+            |progress: &Progress| position(progress).0 < u64::MAX && progress.in_phase >= longest;
+        let all = all_wait || known.iter().all(|(_, progress)| is_over(progress));
         let shortest = known.iter().map(|(_, p)| p).min_by_key(|p| p.in_phase)?;
         all.then_some(Verdict::Stalled { phase: shortest.phase, lasted: shortest.in_phase })
     }

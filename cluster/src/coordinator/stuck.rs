@@ -12,11 +12,11 @@ impl Coordinator {
         if now < self.pace_checked_after {
             return;
         }
-        let (watched, is_formed) = match &self.phase {
+        let (watched, trains) = match &self.phase {
             Phase::Training { suspicion: None } => (self.member_ids(), true),
             // Until they have left it, what counts is the generation before.
             Phase::Forming { .. } if !self.turned => {
-                (self.ledger.intact_members.iter().map(|member| member.worker).collect(), false)
+                (self.ledger.intact_members.iter().map(|member| member.worker).collect(), true)
             }
             Phase::Forming { .. } => (self.member_ids(), false),
             Phase::Training { suspicion: Some(_) } | Phase::Gathering { .. } | Phase::Ended => {
@@ -24,14 +24,15 @@ impl Coordinator {
             }
         };
         self.pace_checked_after = now + self.config.timeouts.heartbeat;
-        match self.pace.verdict(&self.config.timeouts, &watched, is_formed) {
+        match self.pace.verdict(&self.config.timeouts, &watched, trains) {
             None => {}
             Some(Verdict::Stuck(stuck)) => {
                 let cause: Vec<_> =
                     stuck.iter().map(|one| self.blame(one, watched.len())).collect();
                 let cause = cause.join("; ");
                 let workers: Vec<_> = stuck.iter().map(|one| one.worker).collect();
-                let holds_up = !is_formed && !self.turned;
+                let is_forming = matches!(self.phase, Phase::Forming { .. });
+                let holds_up = is_forming && !self.turned;
                 self.workers_lost(now, &workers, &cause);
                 if holds_up && self.ledger.intact.is_some() {
                     self.open_generation(now, false, "a worker was stuck on its way out");
@@ -43,6 +44,17 @@ impl Coordinator {
                 self.open_generation(now, false, &reason);
             }
         }
+    }
+
+    /// Members that have been in their phase for longer than is usual, and since before the newest
+    /// generation was opened: if all of them hang, nobody is left to complain.
+    pub(super) fn unmoved_members(&self) -> Vec<WorkerId> {
+        let (timeouts, allowance) = (&self.config.timeouts, self.form_allowance());
+        let is_unmoved = |&worker: &WorkerId| {
+            self.pace.is_late(timeouts, worker)
+                && self.pace.in_phase(worker).is_some_and(|lasted| lasted >= allowance)
+        };
+        self.member_ids().into_iter().filter(is_unmoved).collect()
     }
 
     fn blame(&self, stuck: &Stuck, members: usize) -> String {

@@ -43,6 +43,9 @@ fn trained(workers: &[WorkerId], compute_ms: u64) -> Pace {
     pace
 }
 
+/// What it is about, what three workers say, and whom that is held against.
+type Case = (&'static str, [(u64, StepPhase, u64); 3], &'static [WorkerId]);
+
 fn verdict(pace: &mut Pace, said: &[(WorkerId, Progress)]) -> Option<Verdict> {
     for &(worker, progress) in said {
         pace.beat(&timeouts(), worker, progress);
@@ -61,7 +64,7 @@ fn blamed(verdict: Option<Verdict>) -> Vec<WorkerId> {
 #[test]
 fn whoever_keeps_the_others_waiting_for_too_long_is_stuck() {
     use StepPhase::{Checkpoint, Compute, Form, Load, Reduce, Update};
-    let table: [(&str, [(u64, StepPhase, u64); 3], &[WorkerId]); 9] = [
+    let table: [Case; 9] = [
         ("in compute", [(8, Reduce, 5_500), (8, Compute, 6_000), (8, Reduce, 5_400)], &[B]),
         ("loading", [(8, Load, 6_000), (8, Reduce, 5_500), (8, Reduce, 5_500)], &[A]),
         (
@@ -156,6 +159,15 @@ fn a_generation_in_which_all_wait_forms_anew_with_growing_patience() {
     assert!(verdict(&mut pace, &both(10_100)).is_some());
     pace.beat(&timeouts(), A, at(9, StepPhase::Load, 1));
     assert_eq!(pace.stalls, 0, "a step was done");
+}
+
+#[test]
+fn a_generation_of_which_all_hang_is_given_up_in_the_end() {
+    let mut pace = trained(&[A], 500);
+    assert_eq!(verdict(&mut pace, &[(A, at(8, StepPhase::Compute, 599_000))]), None);
+    let hangs = verdict(&mut pace, &[(A, at(8, StepPhase::Compute, 600_000))]);
+    assert!(matches!(hangs, Some(Verdict::Stalled { phase: StepPhase::Compute, .. })));
+    assert_eq!(verdict(&mut pace, &[(A, at(8, StepPhase::Idle, 900_000))]), None, "it is done");
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod membership;
 mod participant;
 mod progress;
 mod replay;
+mod resize;
 mod restart;
 mod results;
 mod table;

@@ -59,9 +59,9 @@ fn a_stuck_worker_is_lost_by_name_rank_phase_time_and_last_event() {
     let commands = stand_still(&mut table, B, StepPhase::Compute, 20_000);
     assert_eq!(losses(&commands), [B]);
     assert!(table.now.since(before) <= Duration::from_millis(5_500), "after max(5 s, 3 x p99)");
-    let cause = records(&commands).into_iter().find_map(|record| match record {
-        Record::WorkerLost { cause, .. } => Some(cause),
-        _ => None,
+    let cause = records(&commands).into_iter().find_map(|record| {
+        let Record::WorkerLost { cause, .. } = record else { return None };
+        Some(cause)
     });
     assert_eq!(
         cause.unwrap(),
@@ -106,9 +106,9 @@ fn a_generation_in_which_all_wait_is_formed_anew_with_all_of_them() {
     let forms = forms(&commands);
     assert_eq!(forms.len(), 3);
     assert!(!forms[&A].planned);
-    let reason = records(&commands).into_iter().find_map(|record| match record {
-        Record::GenerationOpened { reason, .. } => Some(reason),
-        _ => None,
+    let reason = records(&commands).into_iter().find_map(|record| {
+        let Record::GenerationOpened { reason, .. } = record else { return None };
+        Some(reason)
     });
     assert_eq!(reason.unwrap(), "no member got on for 5.2s: all were in reduce");
 }
@@ -127,6 +127,30 @@ fn a_worker_that_hangs_while_a_generation_forms_is_lost() {
         lost.extend(table.handle(Event::DeadlineReached));
     }
     assert_eq!(losses(&lost), [B]);
+}
+
+#[test]
+fn if_all_members_hang_while_they_should_form_a_generation_those_that_stand_by_take_over() {
+    let config = cluster::RunConfig { workers_max: 2, ..config(2) };
+    let mut table = Table::training_under(config, &[A, B]);
+    warm_up(&mut table, &[A, B]);
+    table.join(C);
+    table.join(D);
+    table.say(A, lost(Generation(1), None)); // The last that is heard of either trainer.
+    let mut all = Vec::new();
+    for passed in (0..40_000).step_by(250) {
+        table.wait_ms(250);
+        let generation = table.generation();
+        for hung in [A, B] {
+            all.extend(table.say(hung, at(generation, 6, StepPhase::Compute, passed + 250)));
+        }
+        for spare in [C, D] {
+            all.extend(table.say(spare, beat(generation, StepPhase::Idle)));
+        }
+        all.extend(table.handle(Event::DeadlineReached));
+    }
+    assert_eq!(losses(&all)[..2], [A, B]);
+    assert!(table.members().iter().all(|worker| [C, D].contains(worker)));
 }
 
 #[test]
