@@ -5,6 +5,7 @@ mod coordinator;
 mod explain;
 mod recipe;
 mod shards;
+mod simulate;
 mod status;
 mod up;
 mod worker;
@@ -26,6 +27,9 @@ pub(crate) enum Command {
     Drain(change::Drain),
     /// Let more or fewer workers take part in a run that is on.
     Resize(change::Resize),
+    /// Predict how a run gets on while machines fail, with the real rules in virtual time.
+    #[command(after_help = simulate::AFTER_HELP)]
+    Simulate(simulate::Arguments),
     /// Say why things are as they are.
     #[command(subcommand)]
     Explain(explain::Command),
@@ -51,6 +55,7 @@ impl Command {
             Self::Status(arguments) => in_runtime(status::run(arguments)),
             Self::Drain(arguments) => in_runtime(change::drain(arguments)),
             Self::Resize(arguments) => in_runtime(change::resize(arguments)),
+            Self::Simulate(arguments) => simulate::run(&arguments),
             Self::Explain(command) => explain::run(command),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
