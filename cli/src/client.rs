@@ -1,20 +1,25 @@
-//! The way to a coordinator: watching a run, and telling it that a process ended.
+//! The way to a coordinator: watching a run, asking for a change, telling it that a process ended.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use cluster::{RunId, Timestamp, WorkerId};
 use coordinator::Entry;
 use proto::{
     MESSAGE_BYTES_MAX, TOKEN_HEADER,
     v1::{self, cluster_service_client::ClusterServiceClient},
 };
+use tokio::time::{error::Elapsed, timeout};
 use tonic::{
-    Code, Request, Status, Streaming,
+    Code, Request, Response, Status, Streaming,
     metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
 
+use crate::run_dir::RunDir;
+
+/// How long a coordinator may take to answer a person.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// How long a connection may take to stand.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
 
@@ -54,10 +59,46 @@ impl Client {
         Ok(())
     }
 
+    /// The coordinator of the run in this folder, wherever it listens now.
+    pub(crate) fn of(dir: &RunDir) -> Result<Self> {
+        let Some(address) = dir.read_address() else {
+            bail!(
+                "run directory {dir} has no coordinator: start the run with `percheron up --run-dir`"
+            );
+        };
+        Self::new(&address, dir.run()?, &dir.read_token()?)
+    }
+
+    /// Lets a worker, by name, leave without loss.
+    pub(crate) async fn drain(&self, worker: &str) -> Result<()> {
+        let request = v1::DrainRequest { run: self.run.to_string(), worker: worker.to_owned() };
+        let mut service = self.service.clone();
+        answered(timeout(ANSWER_MAX, service.drain(self.with_token(request))).await)
+    }
+
+    /// Lets so many workers take part.
+    pub(crate) async fn resize(&self, workers: u32) -> Result<()> {
+        let request = v1::ResizeRequest { run: self.run.to_string(), workers };
+        let mut service = self.service.clone();
+        answered(timeout(ANSWER_MAX, service.resize(self.with_token(request))).await)
+    }
+
     fn with_token<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert(TOKEN_HEADER, self.token.clone());
         request
+    }
+}
+
+/// What a person is told if the coordinator did not do as asked.
+fn answered<T>(answer: Result<Result<Response<T>, Status>, Elapsed>) -> Result<()> {
+    match answer {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) if status.code() == Code::Unavailable => {
+            bail!("the coordinator cannot be reached: is the run still on? ({})", status.message())
+        }
+        Ok(Err(status)) => bail!("{}", status.message()),
+        Err(_) => bail!("the coordinator did not answer within {} s", ANSWER_MAX.as_secs()),
     }
 }
 

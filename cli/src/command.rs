@@ -1,12 +1,15 @@
 //! The subcommands.
 
 mod audit;
+mod change;
 mod checkpoints;
 mod coordinator;
+mod explain;
 mod incidents;
 mod log;
 mod recipe;
 mod shards;
+mod simulate;
 mod status;
 mod up;
 mod worker;
@@ -33,6 +36,16 @@ pub(crate) enum Command {
     /// List, verify and delete the checkpoints of a run.
     #[command(subcommand)]
     Checkpoints(checkpoints::Command),
+    /// Let a worker of a run leave without loss.
+    Drain(change::Drain),
+    /// Let more or fewer workers take part in a run that is on.
+    Resize(change::Resize),
+    /// Predict how a run gets on while machines fail, with the real rules in virtual time.
+    #[command(after_help = simulate::AFTER_HELP)]
+    Simulate(simulate::Arguments),
+    /// Say why things are as they are.
+    #[command(subcommand)]
+    Explain(explain::Command),
     /// Pack, verify and inspect datasets.
     #[command(subcommand)]
     Shards(shards::Command),
@@ -57,6 +70,10 @@ impl Command {
             Self::Log(arguments) => in_runtime(log::run(arguments)),
             Self::Incidents(arguments) => in_runtime(incidents::run(arguments)),
             Self::Checkpoints(command) => in_runtime(checkpoints::run(command)),
+            Self::Drain(arguments) => in_runtime(change::drain(arguments)),
+            Self::Resize(arguments) => in_runtime(change::resize(arguments)),
+            Self::Simulate(arguments) => simulate::run(&arguments),
+            Self::Explain(command) => explain::run(command),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

@@ -50,10 +50,9 @@ fn collect_cover(node: Node, block: &Range<u32>, nodes: &mut Vec<Node>) {
 #[must_use]
 pub fn balanced_blocks(virtual_ranks: u32, workers: u32) -> Vec<Range<u32>> {
     assert!((1..=virtual_ranks).contains(&workers), "each worker hosts at least one virtual rank");
-    let best = Placement::search(virtual_ranks, workers);
     let mut start = 0;
-    best.sizes
-        .iter()
+    block_sizes(virtual_ranks, workers)
+        .into_iter()
         .map(|size| {
             start += size;
             start - size..start
@@ -61,56 +60,63 @@ pub fn balanced_blocks(virtual_ranks: u32, workers: u32) -> Vec<Range<u32>> {
         .collect()
 }
 
-/// Block sizes from the left, with what they cost.
-#[derive(Clone)]
-struct Placement {
-    largest_cover: usize,
-    cover_total: usize,
-    sizes: Vec<u32>,
-}
+/// What the blocks placed so far cost: the largest cover, then all covers.
+type Cost = (usize, usize);
 
-impl Placement {
-    /// Dynamic programming over (blocks placed, larger blocks among them).
-    ///
-    /// Exact for the largest cover, since it cannot shrink when a block is added. Among placements
-    /// with the same largest cover, keeping the least total at each state is a heuristic; all that
-    /// matters is that every machine takes the same one.
-    fn search(virtual_ranks: u32, workers: u32) -> Self {
-        let (small, larger) = (virtual_ranks / workers, virtual_ranks % workers);
-        let empty = Self { largest_cover: 0, cover_total: 0, sizes: Vec::new() };
-        let mut row: Vec<Option<Self>> = vec![None; larger as usize + 1];
-        row[0] = Some(empty);
-        for placed in 0..workers {
-            let mut next: Vec<Option<Self>> = vec![None; larger as usize + 1];
-            for (used, placement) in (0..).zip(&row) {
-                let Some(placement) = placement else { continue };
-                let start = placed * small + used;
-                for extra in 0..=u32::from(used < larger) {
-                    let grown = placement.with_block(virtual_ranks, start, small + extra);
-                    let slot = &mut next[(used + extra) as usize];
-                    if slot.as_ref().is_none_or(|held| grown.cost() < held.cost()) {
-                        *slot = Some(grown);
-                    }
+/// Block sizes from the left, by dynamic programming over (blocks placed, larger blocks among them).
+///
+/// Exact for the largest cover, since it cannot shrink when a block is added. Among placements with
+/// the same largest cover, keeping the least total at each state is a heuristic; all that matters is
+/// that every machine takes the same one.
+fn block_sizes(virtual_ranks: u32, workers: u32) -> Vec<u32> {
+    let (small, larger) = (virtual_ranks / workers, virtual_ranks % workers);
+    let mut row: Vec<Option<Cost>> = vec![None; larger as usize + 1];
+    row[0] = Some((0, 0));
+    // Whether the block placed last is a larger one, on the best way to each state.
+    let mut is_larger: Vec<Vec<bool>> = Vec::with_capacity(workers as usize);
+    for placed in 0..workers {
+        let mut next: Vec<Option<Cost>> = vec![None; larger as usize + 1];
+        let mut lasts = vec![false; larger as usize + 1];
+        for (used, cost) in (0..).zip(&row) {
+            let Some((largest, total)) = *cost else { continue };
+            if larger - used > workers - placed {
+                continue; // The larger ones that are left do not fit any more.
+            }
+            let start = placed * small + used;
+            for extra in 0..=u32::from(used < larger) {
+                let nodes = cover_len(0..virtual_ranks, &(start..start + small + extra));
+                let grown = (largest.max(nodes), total + nodes);
+                let at = (used + extra) as usize;
+                if next[at].is_none_or(|held| grown < held) {
+                    (next[at], lasts[at]) = (Some(grown), extra == 1);
                 }
             }
-            row = next;
         }
-        row.pop().flatten().expect("`larger` of `workers` blocks can always be larger")
+        row = next;
+        is_larger.push(lasts);
     }
+    let mut left = larger;
+    let from_the_right = is_larger.iter().rev().map(|lasts| {
+        let extra = u32::from(lasts[left as usize]);
+        left -= extra;
+        small + extra
+    });
+    let mut sizes: Vec<_> = from_the_right.collect();
+    sizes.reverse();
+    sizes
+}
 
-    fn with_block(&self, virtual_ranks: u32, start: u32, size: u32) -> Self {
-        let nodes = cover(virtual_ranks, &(start..start + size)).len();
-        let mut sizes = self.sizes.clone();
-        sizes.push(size);
-        Self {
-            largest_cover: self.largest_cover.max(nodes),
-            cover_total: self.cover_total + nodes,
-            sizes,
-        }
-    }
-
-    fn cost(&self) -> (usize, usize) {
-        (self.largest_cover, self.cover_total)
+/// How many nodes [`cover`] has.
+fn cover_len(node: Node, block: &Range<u32>) -> usize {
+    let inside = block.start <= node.start && node.end <= block.end;
+    let apart = block.end <= node.start || node.end <= block.start;
+    if apart || node.is_empty() {
+        0
+    } else if inside {
+        1
+    } else {
+        let middle = split(&node);
+        cover_len(node.start..middle, block) + cover_len(middle..node.end, block)
     }
 }
 
@@ -132,6 +138,16 @@ mod tests {
     fn three_workers_of_eight_virtual_ranks_need_two_messages_at_most() {
         let blocks = balanced_blocks(8, 3);
         assert_eq!(blocks.iter().map(|block| cover(8, block).len()).max(), Some(2));
+    }
+
+    #[test]
+    fn thousands_of_workers_are_placed_in_a_moment() {
+        let blocks = balanced_blocks(16_384, 4_095);
+        let largest = blocks.iter().map(|block| cover(16_384, block).len()).max();
+        assert!(largest <= Some(4), "{largest:?}");
+        assert!(
+            blocks.iter().all(|block| cover_len(0..16_384, block) == cover(16_384, block).len())
+        );
     }
 
     proptest! {

@@ -1,6 +1,6 @@
 //! All that the coordinator can ask for.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -40,7 +40,7 @@ pub enum Command {
 }
 
 /// What the coordinator tells a worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
     /// The session stands; speak at least once a heartbeat.
     Welcome {
@@ -81,14 +81,14 @@ pub enum Order {
 }
 
 /// A generation: who belongs to it, and where it starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
     /// Its number.
     pub generation: Generation,
     /// The leadership that opened it; a later one may be the one that says so.
     pub term: Term,
-    /// Its members by rank.
-    pub members: Vec<Member>,
+    /// Its members by rank, shared: each of them is told of all.
+    pub members: Arc<[Member]>,
     /// Whether the generation before is intact: then its members leave it together, between two
     /// steps. Otherwise they abort it at once.
     pub planned: bool,
@@ -104,7 +104,7 @@ impl Group {
     /// The place of a worker in this generation.
     #[must_use]
     pub fn rank_of(&self, worker: WorkerId) -> Option<Rank> {
-        (0..).zip(&self.members).find(|(_, m)| m.worker == worker).map(|(rank, _)| Rank(rank))
+        (0..).zip(self.members.iter()).find(|(_, m)| m.worker == worker).map(|(rank, _)| Rank(rank))
     }
 }
 

@@ -89,6 +89,9 @@ impl RunConfig {
             self.steps_total.0 >= 1,
             "the run has no step: set epochs or max_steps to at least 1".to_owned(),
         );
+        if let Err(InvalidConfig { problems: of_waits }) = self.timeouts.validated() {
+            problems.extend(of_waits);
+        }
         if problems.is_empty() { Ok(self) } else { Err(InvalidConfig { problems }) }
     }
 
@@ -114,10 +117,26 @@ impl RunConfig {
         (from.0..=self.steps_total.0).map(Step).find(|&step| self.checkpoints_at(step))
     }
 
-    /// How many workers of `available` a generation takes.
+    /// How many workers of `available` a generation takes, if an operator wants so many.
     #[must_use]
-    pub fn workers_taken(&self, available: usize) -> usize {
-        available.min(self.virtual_ranks as usize).min(self.workers_max as usize)
+    pub fn workers_taken(&self, available: usize, wanted: Option<u32>) -> usize {
+        let most = wanted.unwrap_or(self.workers_max).min(self.virtual_ranks);
+        available.min(most as usize)
+    }
+
+    /// Whether the run may be resized to so many workers.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`] with the limits.
+    pub fn check_resize(&self, workers: u32) -> Result<(), InvalidConfig> {
+        let (least, most) = (self.workers_min, self.virtual_ranks);
+        if (least..=most).contains(&workers) {
+            return Ok(());
+        }
+        let problem = format!(
+            "{workers} workers cannot be: take {least} (workers_min) to {most} (virtual_ranks)"
+        );
+        Err(InvalidConfig { problems: vec![problem] })
     }
 
     fn ends_epochs(&self, step: Step, every: u64) -> bool {
@@ -141,6 +160,17 @@ pub struct Timeouts {
     pub form: Duration,
     /// How long the first generation waits for all expected workers.
     pub gather: Duration,
+}
+
+/// One of the [`Timeouts`], for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wait {
+    /// What it is called.
+    pub name: &'static str,
+    /// How long it is.
+    pub lasts: Duration,
+    /// What happens when it is over.
+    pub purpose: &'static str,
 }
 
 impl Timeouts {
@@ -168,6 +198,82 @@ impl Timeouts {
             form: max_recovery / 2,
             gather: (max_recovery * 6).max(Duration::from_secs(30)),
         })
+    }
+
+    /// Checks that the waits are in the order in which they have to run out.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`] with every pair that is not.
+    pub fn validated(self) -> Result<Self, InvalidConfig> {
+        let waits = self.explained();
+        let pairs = waits.iter().zip(waits.iter().skip(1));
+        let problems = pairs.filter(|(shorter, longer)| shorter.lasts > longer.lasts).map(
+            |(shorter, longer)| {
+                format!(
+                    "{} = {:?} must not be longer than {} = {:?}: derive all waits from max_recovery",
+                    shorter.name, shorter.lasts, longer.name, longer.lasts
+                )
+            },
+        );
+        let problems: Vec<_> = problems.collect();
+        if problems.is_empty() { Ok(self) } else { Err(InvalidConfig { problems }) }
+    }
+
+    /// All waits, shortest first, and what each is for.
+    #[must_use]
+    pub fn explained(&self) -> [Wait; 9] {
+        let wait = |name, lasts, purpose| Wait { name, lasts, purpose };
+        [
+            wait("heartbeat", self.heartbeat, "a worker speaks at least so often"),
+            wait(
+                "suspicion",
+                self.suspicion,
+                "a broken exchange without a culprit: evidence is awaited for so long",
+            ),
+            wait("lease", self.lease, "a member that is silent for so long is lost"),
+            wait("form", self.form, "members that have not formed a generation by then are lost"),
+            wait(
+                "progress",
+                self.progress(),
+                "a member that keeps the others waiting in a phase for so long, and three times its \
+                 usual time, is lost",
+            ),
+            wait(
+                "max_recovery",
+                self.max_recovery,
+                "the knob: how long a loss may keep the others from training",
+            ),
+            wait("gather", self.gather, "the first generation waits for all workers for so long"),
+            wait(
+                "first_step",
+                self.first_step(),
+                "as progress, in the first step of a worker's life",
+            ),
+            wait(
+                "first_evaluation",
+                self.first_evaluation(),
+                "as progress, in the first evaluation of the run",
+            ),
+        ]
+    }
+
+    /// A member that keeps the others waiting in one phase for so long is stuck, unless the phase is
+    /// known to take longer.
+    #[must_use]
+    pub fn progress(&self) -> Duration {
+        self.form
+    }
+
+    /// The same while nobody knows how long a phase takes, and in the first step of a worker's life.
+    #[must_use]
+    pub fn first_step(&self) -> Duration {
+        self.gather
+    }
+
+    /// The same for the first evaluation: it goes over a whole split.
+    #[must_use]
+    pub fn first_evaluation(&self) -> Duration {
+        self.gather * 10
     }
 }
 
@@ -204,9 +310,22 @@ pub(crate) mod tests {
         for seconds in [2, 10, 60, 3600] {
             let t = Timeouts::derived_from(Duration::from_secs(seconds)).unwrap();
             assert!(t.heartbeat < t.suspicion && t.suspicion < t.lease && t.lease < t.form);
-            assert!(t.form <= t.max_recovery);
+            assert!(t.form <= t.progress() && t.progress() <= t.max_recovery);
+            assert!(t.max_recovery < t.first_step() && t.first_step() < t.first_evaluation());
+            assert_eq!(t.validated(), Ok(t));
         }
         assert!(Timeouts::derived_from(Duration::from_secs(1)).is_err());
+    }
+
+    #[test]
+    fn waits_out_of_order_are_named_at_start() {
+        let timeouts = Timeouts::derived_from(Duration::from_secs(10)).unwrap();
+        let timeouts = Timeouts { lease: Duration::from_secs(7), ..timeouts };
+        let problems = RunConfig { timeouts, ..config(1) }.validated().unwrap_err().problems;
+        assert_eq!(
+            problems,
+            ["lease = 7s must not be longer than form = 5s: derive all waits from max_recovery"]
+        );
     }
 
     #[test]

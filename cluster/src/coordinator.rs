@@ -12,6 +12,7 @@
 
 mod change;
 mod results;
+mod stuck;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +21,7 @@ use std::{
 
 use crate::{
     Command, Event, Generation, Group, Hello, Ledger, Membership, Order, Part, Record, Report,
-    RunConfig, Step, StepMetrics, Term, Timestamp, WorkerId,
+    RunConfig, Step, StepMetrics, Term, Timestamp, WorkerId, progress::Pace,
 };
 
 /// Decides who trains with whom and from where. See [`Coordinator::handle`].
@@ -41,6 +42,9 @@ pub struct Coordinator {
     /// Since when members have failed to form a generation although all seem to be there.
     troubled_since: Option<Timestamp>,
     step_time: Option<Duration>,
+    /// How fast workers are, and from when on that is looked at again.
+    pace: Pace,
+    pace_checked_after: Timestamp,
     /// When it was last called: it asks to be called once a heartbeat, so a gap is its own sleep.
     called: Timestamp,
     commands: Vec<Command>,
@@ -142,6 +146,8 @@ impl Coordinator {
             stopped: BTreeSet::new(),
             troubled_since: None,
             step_time: None,
+            pace: Pace::default(),
+            pace_checked_after: now,
             called: now,
             commands: Vec::new(),
         };
@@ -162,17 +168,22 @@ impl Coordinator {
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
         self.forgive_own_sleep(now);
         self.called = now;
+        // Who belongs to the next generation does not depend on a heartbeat.
+        let is_beat = matches!(&event, Event::Reported { report: Report::Heartbeat(_), .. });
         match event {
             Event::WorkerJoined { worker, hello } => self.worker_joined(now, worker, &hello),
             Event::Reported { worker, report } => self.reported(now, worker, report),
             Event::SessionClosed { worker } => self.session_closed(now, worker),
             Event::ProcessExited { worker, how } => self.workers_lost(now, &[worker], &how),
             Event::DrainRequested { worker } => self.drain(worker),
+            Event::ResizeRequested { workers } => self.resize(workers),
             Event::CheckpointCommitted { step } => self.checkpoint_committed(now, step),
             Event::CheckpointFailed { step, reason } => self.commit_failed(step, &reason),
             Event::DeadlineReached => self.deadlines_passed(now),
         }
-        self.reconsider_membership(now);
+        if !is_beat {
+            self.reconsider_membership(now);
+        }
         std::mem::take(&mut self.commands)
     }
 
@@ -278,9 +289,11 @@ impl Coordinator {
         if matches!(self.phase, Phase::Ended) {
             return;
         }
+        self.pace.said(worker, &report);
         match report {
             Report::Heartbeat(progress) => {
                 known.progress = Some(progress);
+                self.pace.beat(&self.config.timeouts, worker, progress);
                 self.heard_progress(now, worker, progress);
             }
             Report::Formed { generation, step, digest, begun, stopped_at, metrics } => {
@@ -339,7 +352,7 @@ impl Coordinator {
         Group {
             generation: self.ledger.generation,
             term: self.ledger.opened_in,
-            members: self.ledger.members.clone(),
+            members: self.ledger.members.clone().into(),
             planned: self.ledger.planned,
             checkpoint: self.ledger.checkpoint_offered,
             checkpoint_at: self.checkpoint_at,

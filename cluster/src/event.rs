@@ -40,6 +40,11 @@ pub enum Event {
         /// Who.
         worker: WorkerId,
     },
+    /// An operator wants so many workers to take part.
+    ResizeRequested {
+        /// How many; more stand by.
+        workers: u32,
+    },
     /// The manifest of a checkpoint is in the store and was read back.
     CheckpointCommitted {
         /// Its step.

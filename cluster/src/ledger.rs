@@ -39,6 +39,8 @@ pub struct Ledger {
     pub evaluated: Option<Step>,
     /// The newest step that had been evaluated when the newest generation was opened.
     pub evaluated_before: Option<Step>,
+    /// How many workers are to take part, if an operator has said so.
+    pub workers_wanted: Option<u32>,
     /// What all workers must agree on.
     pub fingerprint: Option<Fingerprint>,
     /// How the run ended.
@@ -121,6 +123,7 @@ impl Ledger {
             Record::RunFailed { reason } => {
                 self.outcome = Some(Outcome::Failed { reason: reason.clone() });
             }
+            Record::Resized { workers } => self.workers_wanted = Some(*workers),
             Record::CheckpointAbandoned { step, .. } => {
                 self.checkpoints.retain(|kept| kept != step);
             }

@@ -39,6 +39,7 @@
 //! | `event`, `command`, `record` | what goes in, what comes out, what is durable |
 //! | `coordinator` | the machine of the coordinator; `change`: who comes and goes; `results`: what counts |
 //! | `membership`, `ledger` | the workers it knows; what it must never forget |
+//! | `progress` | how long phases take, and who keeps the others waiting |
 //! | `participant` | the machine of a worker |
 //! | `audit` | what a log proves, or the first record that cannot be true |
 //! | `blocks` | virtual ranks to workers, and the fixed tree of the sum |
@@ -55,11 +56,12 @@ mod ids;
 mod ledger;
 mod membership;
 mod participant;
+mod progress;
 mod record;
 mod time;
 
 pub use command::{Command, Group, Member, Order};
-pub use config::{InvalidConfig, RunConfig, Timeouts};
+pub use config::{InvalidConfig, RunConfig, Timeouts, Wait};
 pub use coordinator::{Coordinator, Formed, Phase};
 pub use event::{
     Evaluation, Event, ExitScores, Hello, Part, Progress, Report, Share, StepMetrics, StepPhase,

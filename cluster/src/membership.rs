@@ -29,6 +29,8 @@ pub struct Worker {
 pub struct Membership {
     workers: BTreeMap<WorkerId, Worker>,
     arrivals: u64,
+    /// Nobody was heard before this moment: looking at all of them can wait until it is too long ago.
+    heard_since: Timestamp,
 }
 
 impl Membership {
@@ -63,6 +65,10 @@ impl Membership {
         let arrival = self.arrivals;
         let (session, draining, progress) = (true, false, None);
         let held = Worker { name, address, arrival, heard: now, session, draining, progress };
+        if self.workers.is_empty() {
+            self.heard_since = now;
+        }
+        self.heard_since = self.heard_since.min(now);
         self.workers.insert(worker, held);
     }
 
@@ -86,15 +92,20 @@ impl Membership {
         }
     }
 
-    /// The first moment at which a worker's silence becomes too long.
+    /// A moment before which no worker's silence becomes too long.
     #[must_use]
     pub fn next_expiry(&self, lease: Duration) -> Option<Timestamp> {
-        self.workers.values().map(|worker| worker.heard + lease).min()
+        (!self.workers.is_empty()).then(|| self.heard_since + lease)
     }
 
     /// The workers that have been silent for `lease` or longer.
-    #[must_use]
-    pub fn expired(&self, now: Timestamp, lease: Duration) -> Vec<WorkerId> {
-        self.iter().filter(|(_, w)| w.heard + lease <= now).map(|(id, _)| id).collect()
+    pub fn expired(&mut self, now: Timestamp, lease: Duration) -> Vec<WorkerId> {
+        if self.heard_since + lease > now {
+            return Vec::new();
+        }
+        let stays = |worker: &Worker| worker.heard + lease > now;
+        let heard = self.workers.values().filter(|worker| stays(worker)).map(|w| w.heard);
+        self.heard_since = heard.min().unwrap_or(now);
+        self.iter().filter(|(_, worker)| !stays(worker)).map(|(id, _)| id).collect()
     }
 }

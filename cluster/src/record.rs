@@ -66,6 +66,11 @@ pub enum Record {
         /// When it stopped, by its own clock.
         stopped_at: Timestamp,
     },
+    /// An operator wants so many workers to take part; more stand by.
+    Resized {
+        /// How many.
+        workers: u32,
+    },
     /// The membership changed. Durable before any worker hears of it.
     GenerationOpened {
         /// The new generation.

@@ -30,6 +30,8 @@ const INPUTS_MAX: usize = 1024;
 const BATCH_MAX: usize = 256;
 /// Orders that a worker may leave unread before its session is cut.
 pub(crate) const ORDERS_MAX: usize = 256;
+/// Watchers are told of the workers no more often than this: with thousands it is work.
+const LIVENESS_INTERVAL: Duration = Duration::from_millis(250);
 /// How long the end of a run waits for sessions and watchers to have heard of it.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -46,6 +48,8 @@ pub(crate) enum Input {
     Exited { worker: WorkerId, how: String },
     /// Somebody wants a worker, by name, to leave.
     Drain { name: String, found: oneshot::Sender<bool> },
+    /// Somebody wants so many workers; the answer says why that cannot be.
+    Resize { workers: u32, answer: oneshot::Sender<Result<(), String>> },
     /// The entries of the log from a place on.
     Read { from: u64, entries: oneshot::Sender<Vec<Entry>> },
     /// Something the committer learnt.
@@ -159,6 +163,8 @@ impl Host {
     async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<Outcome, StartError> {
         // The first call carries out what `restore` decided: the new term becomes durable.
         self.handle(vec![Event::DeadlineReached])?;
+        self.publisher.liveness(&self.coordinator);
+        let mut published = Instant::now();
         let mut farewell: Option<Instant> = None;
         let mut batch = Vec::new();
         loop {
@@ -183,7 +189,10 @@ impl Host {
             events.push(Event::DeadlineReached);
             self.handle(events)?;
             self.acknowledge();
-            self.publisher.liveness(&self.coordinator);
+            if published.elapsed() >= LIVENESS_INTERVAL {
+                self.publisher.liveness(&self.coordinator);
+                published = Instant::now();
+            }
         }
         Ok(self.coordinator.ledger().outcome.clone().unwrap_or_else(|| Outcome::Failed {
             reason: "the coordinator was stopped before the run had ended".to_owned(),
@@ -223,6 +232,12 @@ impl Host {
                 let worker = worker.map(|(id, _)| id);
                 found.send(worker.is_some()).ok(); // Whoever asked may be gone.
                 worker.map(|worker| Event::DrainRequested { worker })
+            }
+            Input::Resize { workers, answer } => {
+                let checked = self.coordinator.config().check_resize(workers);
+                let event = checked.is_ok().then_some(Event::ResizeRequested { workers });
+                answer.send(checked.map_err(|error| error.to_string())).ok(); // As above.
+                event
             }
             Input::Read { from, entries } => {
                 match self.log.read_from(from) {
@@ -329,6 +344,7 @@ fn tell(entry: &Entry) {
             info!(%worker, %generation, peer, reason, "exchange lost");
         }
         Record::CheckpointCommitted { step } => info!(%step, "checkpoint committed"),
+        Record::Resized { workers } => info!(workers, "resized"),
         Record::CheckpointAbandoned { step, reason } => {
             warn!(%step, reason, "checkpoint abandoned");
         }

@@ -138,6 +138,22 @@ impl ClusterService for Service {
         }
     }
 
+    async fn resize(
+        &self,
+        request: Request<v1::ResizeRequest>,
+    ) -> Result<Response<v1::ResizeResponse>, Status> {
+        self.check_token(&request)?;
+        let v1::ResizeRequest { run, workers } = request.into_inner();
+        self.check_run(&run)?;
+        let (answer, answered) = oneshot::channel();
+        self.hand_in(Input::Resize { workers, answer }).await?;
+        match answered.await {
+            Ok(Ok(())) => Ok(Response::new(v1::ResizeResponse {})),
+            Ok(Err(why)) => Err(Status::invalid_argument(why)),
+            Err(_) => Err(ending()),
+        }
+    }
+
     async fn watch(
         &self,
         request: Request<v1::WatchRequest>,

@@ -449,7 +449,7 @@ fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
     Ok(Group {
         generation: Generation(group.generation),
         term: Term(group.term),
-        members,
+        members: members.into(),
         planned: group.planned,
         checkpoint: group.checkpoint.map(Step),
         checkpoint_at: group.checkpoint_at.map(Step),
@@ -540,7 +540,7 @@ mod tests {
             Order::Form(Group {
                 generation: Generation(7),
                 term: Term(3),
-                members: vec![member],
+                members: [member].into(),
                 planned: true,
                 checkpoint: Some(Step(0)),
                 checkpoint_at: None,

@@ -137,6 +137,7 @@ impl Report {
             | Record::ExchangeLost { .. }
             | Record::CheckpointCommitted { .. }
             | Record::CheckpointAbandoned { .. }
+            | Record::Resized { .. }
             | Record::RunFinished { .. }
             | Record::RunFailed { .. } => {}
         }

@@ -41,11 +41,13 @@ impl WorkerEnd {
 pub(crate) struct WorkerRules {
     workers_min: usize,
     failures: u32,
+    /// Workers that are about to be let go, as an operator asked for fewer.
+    let_go: usize,
 }
 
 impl WorkerRules {
     pub(crate) fn new(workers_min: u32) -> Self {
-        Self { workers_min: workers_min as usize, failures: 0 }
+        Self { workers_min: workers_min as usize, failures: 0, let_go: 0 }
     }
 
     /// The run has made progress, so what failed before is no pattern.
@@ -57,9 +59,18 @@ impl WorkerRules {
     pub(crate) fn worker_ended(&mut self, end: WorkerEnd) -> bool {
         match end {
             WorkerEnd::Staged => {}
+            WorkerEnd::Released if self.let_go > 0 => self.let_go -= 1,
             WorkerEnd::Released | WorkerEnd::Refused | WorkerEnd::Failed => self.failures += 1,
         }
         self.failures >= FAILURES_MAX
+    }
+
+    /// How many workers to start now that an operator wants so many and `live` are there. If that is
+    /// fewer, the others are about to end in order, and that is no failure.
+    pub(crate) fn resized(&mut self, live: usize, workers: u32) -> usize {
+        let workers = workers as usize;
+        self.let_go = live.saturating_sub(workers);
+        workers.saturating_sub(live)
     }
 
     /// How many workers to start when `live` are there: only with fewer than the recipe's minimum does
@@ -118,6 +129,16 @@ mod tests {
     fn a_worker_is_replaced_only_when_too_few_are_left() {
         let rules = WorkerRules::new(2);
         assert_eq!([3, 2, 1, 0].map(|live| rules.missing(live)), [0, 0, 1, 2]);
+    }
+
+    #[test]
+    fn workers_that_an_operator_let_go_are_no_failures() {
+        let mut rules = WorkerRules::new(1);
+        assert_eq!(rules.resized(2, 8), 6);
+        assert_eq!(rules.resized(8, 2), 0);
+        assert!((0..6).all(|_| !rules.worker_ended(WorkerEnd::Released)));
+        let ended: Vec<_> = (0..5).map(|_| rules.worker_ended(WorkerEnd::Released)).collect();
+        assert_eq!(ended, [false, false, false, false, true], "more than that are failures again");
     }
 
     #[test]

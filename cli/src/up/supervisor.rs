@@ -225,6 +225,7 @@ impl Supervisor {
                 });
                 self.disturb()?;
             }
+            Record::Resized { workers } => self.resized(*workers)?,
             Record::RunCreated { .. }
             | Record::TermStarted { .. }
             | Record::FingerprintFixed { .. }
@@ -296,6 +297,20 @@ impl Supervisor {
         for _ in 0..self.worker_rules.missing(self.live_workers().len()) {
             let number = self.start_worker()?;
             self.face.line(&format!("worker-{number} is started: too few are left"));
+        }
+        Ok(())
+    }
+
+    /// Starts the workers that are missing for the new number. Those that are too many leave by
+    /// themselves when they are let go.
+    fn resized(&mut self, workers: u32) -> Result<()> {
+        if self.client.is_none() {
+            return Ok(()); // From a time before this start, which knows the number.
+        }
+        let live = self.live_workers().len();
+        for _ in 0..self.worker_rules.resized(live, workers) {
+            let number = self.start_worker()?;
+            self.face.line(&format!("worker-{number} is started: {workers} are to take part"));
         }
         Ok(())
     }

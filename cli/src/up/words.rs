@@ -41,6 +41,7 @@ pub(crate) fn describe(record: &Record, ledger: &Ledger) -> Option<String> {
             )
         }
         Record::CheckpointCommitted { step } => format!("step {step}: checkpoint kept"),
+        Record::Resized { workers } => format!("{workers} workers are to take part, as asked"),
         Record::CheckpointAbandoned { step, reason } => {
             format!("step {step}: checkpoint given up: {reason}")
         }

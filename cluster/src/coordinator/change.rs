@@ -45,6 +45,7 @@ impl Coordinator {
             let Some(known) = self.workers.remove(worker) else {
                 continue; // Its lease, its supervisor and its peers all report the same death.
             };
+            self.pace.forget(worker);
             let name = known.name.clone();
             self.record(Record::WorkerLost { worker, name, cause: cause.to_owned() });
             let reason = format!("the run went on without this worker: {cause}");
@@ -68,6 +69,15 @@ impl Coordinator {
         known.draining = true;
         if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));
+        }
+    }
+
+    /// More or fewer workers are to take part: with the next planned change.
+    pub(super) fn resize(&mut self, workers: u32) {
+        let is_possible = self.config.check_resize(workers).is_ok();
+        let is_news = self.ledger.workers_wanted != Some(workers);
+        if is_possible && is_news && self.ledger.outcome.is_none() {
+            self.record(Record::Resized { workers });
         }
     }
 
@@ -245,6 +255,7 @@ impl Coordinator {
             | Phase::Training { .. }
             | Phase::Ended => {}
         }
+        self.look_for_the_stuck(now);
     }
 
     /// A coordinator that was not called for longer than it asked was not running, and heard nobody:
@@ -254,6 +265,7 @@ impl Coordinator {
             return;
         }
         self.workers.forgive(now);
+        self.pace_checked_after = now + self.config.timeouts.lease;
         let suspicion = self.config.timeouts.suspicion;
         let form = if self.stopped.is_empty() { self.form_allowance() } else { suspicion };
         match &mut self.phase {
@@ -270,7 +282,8 @@ impl Coordinator {
 
     /// Whom to go on without when a generation is not formed in time.
     ///
-    /// If nobody has complained, those that did not form it although others did. If members have
+    /// If nobody has complained, those that did not form it although others did; if nobody did, those
+    /// that have not even turned to it. If members have
     /// stopped, those that are cut off; if there are none, it is tried again with all, until the
     /// trouble has lasted so long that whom most could not reach has to go.
     fn late_members(
@@ -281,7 +294,7 @@ impl Coordinator {
     ) -> Vec<WorkerId> {
         let Some(since) = self.troubled_since.filter(|_| !self.stopped.is_empty()) else {
             let late = self.member_ids().into_iter().filter(|worker| !formed.contains_key(worker));
-            return if formed.is_empty() { Vec::new() } else { late.collect() };
+            return if formed.is_empty() { self.unmoved_members() } else { late.collect() };
         };
         let gone = self.cut_off_members();
         let is_hopeless = now.since(since) >= self.config.timeouts.form;
@@ -311,7 +324,7 @@ impl Coordinator {
     }
 
     /// How long forming may take: a worker turns to it only between two micro-batches.
-    fn form_allowance(&self) -> Duration {
+    pub(super) fn form_allowance(&self) -> Duration {
         let step = self.step_time.unwrap_or(self.config.timeouts.gather);
         self.config.timeouts.form + step * 2
     }
@@ -324,7 +337,9 @@ impl Coordinator {
             Phase::Gathering { since } => {
                 let available = self.next_members(false).len();
                 let patience_is_out = *since + self.config.timeouts.gather <= now;
-                let enough = available >= self.config.workers_expected as usize
+                let expected = self.config.workers_expected;
+                let expected = self.ledger.workers_wanted.map_or(expected, |n| n.min(expected));
+                let enough = available >= expected as usize
                     || (available >= self.config.workers_min as usize
                         && (patience_is_out || self.ledger.generation > Generation(0)));
                 if enough {
@@ -332,10 +347,10 @@ impl Coordinator {
                 }
             }
             Phase::Training { suspicion: None } => {
-                let wanted = self.next_members(true);
-                let members = self.member_ids();
-                let joining = wanted.iter().find(|worker| !members.contains(worker));
-                let leaving = members.iter().find(|worker| !wanted.contains(worker));
+                let wanted: BTreeSet<_> = self.next_members(true).into_iter().collect();
+                let members: BTreeSet<_> = self.member_ids().into_iter().collect();
+                let joining = wanted.difference(&members).next();
+                let leaving = members.difference(&wanted).next();
                 let reason = match (joining, leaving) {
                     (None, None) => return,
                     (Some(&worker), _) => format!("{} joins", self.name(worker)),
@@ -361,7 +376,13 @@ impl Coordinator {
             && staying().any(|(worker, _)| holds(worker));
         let wanted = workers.iter().filter(|(id, w)| !w.draining || (!can_let_go && has_part(id)));
         let mut wanted: Vec<_> = wanted.map(|(worker, _)| *worker).collect();
-        wanted.truncate(self.config.workers_taken(wanted.len()));
+        let places = self.config.workers_taken(wanted.len(), self.ledger.workers_wanted);
+        let spare = wanted.split_off(places);
+        // Among so few there must be one that holds the state, as long as anybody does.
+        let holder = spare.into_iter().find(holds).filter(|_| !wanted.iter().any(holds));
+        if let (Some(holder), Some(last)) = (holder, wanted.last_mut()) {
+            *last = holder;
+        }
         wanted
     }
 
@@ -402,9 +423,16 @@ impl Coordinator {
         self.record(Record::GenerationOpened { generation, members, planned, reason });
         let deadline = (!planned).then(|| now + self.form_allowance());
         self.phase = Phase::Forming { formed: BTreeMap::new(), blamed: BTreeMap::new(), deadline };
+        let let_go: Vec<_> =
+            before.iter().copied().filter(|&worker| !self.is_member(worker)).collect();
+        for worker in let_go {
+            // It leaves, so it is not taken again.
+            self.workers.find_mut(worker).expect("it was a known member").draining = true;
+        }
         let told: BTreeSet<_> = before.into_iter().chain(wanted).collect();
+        let group = self.group();
         for worker in told {
-            self.send(worker, Order::Form(self.group()));
+            self.send(worker, Order::Form(group.clone()));
         }
     }
 

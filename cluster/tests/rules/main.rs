@@ -3,7 +3,9 @@
 mod audit;
 mod membership;
 mod participant;
+mod progress;
 mod replay;
+mod resize;
 mod restart;
 mod results;
 mod table;

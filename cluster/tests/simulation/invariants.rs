@@ -240,7 +240,8 @@ impl World {
             | Record::GenerationFormed { .. }
             | Record::Evaluated { .. }
             | Record::CheckpointCommitted { .. }
-            | Record::CheckpointAbandoned { .. } => {}
+            | Record::CheckpointAbandoned { .. }
+            | Record::Resized { .. } => {}
         }
         let ended = durable.outcome.is_some();
         self.watch.durable.apply(record);

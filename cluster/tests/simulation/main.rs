@@ -61,7 +61,7 @@ fn runs_keep_every_invariant_whatever_goes_wrong() {
 
 /// Runs seeds with a bug put in, until one of the invariants notices.
 fn first_broken(tamper: Tamper) -> &'static str {
-    let mut failures = (0..200).filter_map(|seed| simulate(seed, tamper, STORY).err());
+    let mut failures = (0..2_000).filter_map(|seed| simulate(seed, tamper, STORY).err());
     failures.next().map_or("nothing", |failure| failure.violation.invariant)
 }
 

@@ -10,12 +10,13 @@ use crate::process;
 use crate::workspace::Workspace;
 
 /// The allowed arrows between our crates. A new one needs a decision record.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("cluster", &[]),
     ("libtorch", &[]),
     ("xtask", &[]),
     ("recipe", &["cluster"]),
     ("proto", &["cluster"]),
+    ("simulation", &["cluster"]),
     ("shards", &["cluster"]),
     ("checkpoint", &["cluster"]),
     ("collective", &["cluster", "libtorch"]),
@@ -25,7 +26,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
         "worker",
         &["cluster", "recipe", "proto", "checkpoint", "shards", "model", "collective", "libtorch"],
     ),
-    ("cli", &["cluster", "recipe", "coordinator", "proto", "shards", "checkpoint"]),
+    ("cli", &["cluster", "recipe", "coordinator", "proto", "shards", "checkpoint", "simulation"]),
 ];
 
 /// The crates that may name libtorch's bindings.

@@ -113,7 +113,8 @@ impl Supervisor {
         self.address = Some(address);
         self.client = Some(client);
         self.report_former_workers();
-        for _ in 0..self.plan.workers_expected {
+        let resized = self.report.ledger().workers_wanted;
+        for _ in 0..resized.unwrap_or(self.plan.workers_expected) {
             self.start_worker()?;
         }
         Ok(())
