@@ -110,6 +110,7 @@ impl Fold {
             | Record::RunCreated { .. }
             | Record::FingerprintFixed { .. }
             | Record::WorkerJoined { .. }
+            | Record::Resized { .. }
             | Record::GenerationOpened { .. }
             | Record::Evaluated { .. }
             | Record::CheckpointCommitted { .. }

@@ -23,6 +23,7 @@ pub(crate) fn of(record: &Record) -> String {
             let peer = peer.unwrap_or_default();
             format!("the exchange of generation {generation} breaks at {worker}{peer}: {reason}")
         }
+        Record::Resized { workers } => format!("{workers} workers are to take part, as asked"),
         Record::GenerationOpened { generation, members, planned, reason } => {
             let kind = if *planned { "as planned" } else { "at once" };
             let blocks: Vec<_> = members.iter().map(block).collect();

@@ -177,7 +177,9 @@ impl<'a> Auditor<'a> {
                 self.awaiting.remove(step);
                 Ok(())
             }
-            Record::RunCreated { .. } | Record::WorkerRefused { .. } => Ok(()),
+            Record::RunCreated { .. } | Record::WorkerRefused { .. } | Record::Resized { .. } => {
+                Ok(())
+            }
         }
     }
 
@@ -430,6 +432,7 @@ fn name(record: &Record) -> &'static str {
         Record::WorkerRefused { .. } => "a worker is refused",
         Record::WorkerLost { .. } => "a worker is lost",
         Record::ExchangeLost { .. } => "an exchange breaks",
+        Record::Resized { .. } => "the run is resized",
         Record::GenerationOpened { .. } => "a generation is opened",
         Record::GenerationFormed { .. } => "a generation forms",
         Record::StepAdopted { .. } => "a step is adopted",

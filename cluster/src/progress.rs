@@ -266,6 +266,9 @@ fn in_words(report: &Report) -> Option<String> {
         Report::ShareFailed { step, .. } => {
             format!("it could not write its share of checkpoint {step}")
         }
+        Report::CheckpointDamaged { step, .. } => {
+            format!("it found checkpoint {step} damaged")
+        }
         Report::Finished { step, .. } => format!("it did the last step, {step}"),
         Report::Leaving { .. } => "it asked to leave".to_owned(),
         Report::Failed { .. } => "it failed".to_owned(),

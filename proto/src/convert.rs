@@ -102,26 +102,12 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
                 at_ms: at.0,
             })
         }
-        Report::Evaluated { generation, evaluation } => ReportKind::Evaluated(v1::Evaluated {
-            generation: generation.0,
-            step: evaluation.step.0,
-            epoch: evaluation.epoch.0,
-            samples: evaluation.samples,
-            weights: Some(evaluation.weights.into()),
-            ema: Some(evaluation.ema.into()),
-        }),
-        Report::ShareWritten { generation, share } => ReportKind::ShareWritten(v1::ShareWritten {
-            generation: generation.0,
-            step: share.step.0,
-            parts: share.parts.into_iter().map(Into::into).collect(),
-            parts_total: share.parts_total,
-            part_bytes: share.part_bytes,
-            sections: share
-                .sections
-                .into_iter()
-                .map(|(name, bytes)| v1::Section { name, bytes })
-                .collect(),
-        }),
+        Report::Evaluated { generation, evaluation } => {
+            ReportKind::Evaluated(evaluated(generation, &evaluation))
+        }
+        Report::ShareWritten { generation, share } => {
+            ReportKind::ShareWritten(share_written(generation, share))
+        }
         Report::ShareFailed { generation, step, reason } => {
             ReportKind::ShareFailed(v1::ShareFailed {
                 generation: generation.0,
@@ -145,6 +131,29 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
         Report::Failed { reason } => ReportKind::Failed(v1::Failed { reason }),
     };
     v1::Report { sequence, kind: Some(kind) }
+}
+
+fn evaluated(generation: Generation, evaluation: &Evaluation) -> v1::Evaluated {
+    v1::Evaluated {
+        generation: generation.0,
+        step: evaluation.step.0,
+        epoch: evaluation.epoch.0,
+        samples: evaluation.samples,
+        weights: Some(evaluation.weights.into()),
+        ema: Some(evaluation.ema.into()),
+    }
+}
+
+fn share_written(generation: Generation, share: Share) -> v1::ShareWritten {
+    let section = |(name, bytes)| v1::Section { name, bytes };
+    v1::ShareWritten {
+        generation: generation.0,
+        step: share.step.0,
+        parts: share.parts.into_iter().map(Into::into).collect(),
+        parts_total: share.parts_total,
+        part_bytes: share.part_bytes,
+        sections: share.sections.into_iter().map(section).collect(),
+    }
 }
 
 /// A report from the wire.

@@ -28,15 +28,15 @@ use collective::{
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
-pub use self::{
-    checkpoints::{RestoreError, ShareBytes},
-    state::{SECTIONS, TrainState},
-};
 use self::{
-    checkpoints::{self, share},
+    checkpoints::share,
     eval::Evaluator,
     forming::Origin,
     step::{Stepper, Surroundings},
+};
+pub use self::{
+    checkpoints::{RestoreError, ShareBytes},
+    state::{SECTIONS, TrainState},
 };
 use crate::{
     feed::Feed,

@@ -172,6 +172,7 @@ fn a_log_that_was_numbered_anew_cannot_hide_what_the_proof_rests_on() {
             Record::TermStarted { .. } // A newest term that did nothing leaves no trace.
             | Record::FingerprintFixed { .. }
             | Record::WorkerRefused { .. }
+            | Record::Resized { .. }
             | Record::WorkerLost { .. }
             | Record::ExchangeLost { .. }
             | Record::Evaluated { .. }
