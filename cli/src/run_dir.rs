@@ -1,7 +1,7 @@
 //! The folder of a run: what lies where, whether it is one, and who may use it.
 //!
 //! ```text
-//! DIR/run.toml             the name of the run
+//! DIR/run.toml             the name of the run, and where its checkpoints are if not here
 //! DIR/token                what opens sessions, readable by its owner only
 //! DIR/recipe.toml          the recipe, every key written out; its presence makes DIR a run
 //! DIR/log                  the event log
@@ -55,6 +55,9 @@ pub(crate) struct Lock(
 #[serde(deny_unknown_fields)]
 struct RunFile {
     run: RunId,
+    /// Where the checkpoints are; in the folder itself if nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    checkpoints: Option<String>,
 }
 
 impl RunDir {
@@ -68,7 +71,7 @@ impl RunDir {
         Ok(Self { root, location })
     }
 
-    /// As a store: checkpoints are kept below it.
+    /// As a store: checkpoints are kept below it, unless the run began with another place for them.
     pub(crate) fn location(&self) -> &str {
         &self.location
     }
@@ -126,14 +129,22 @@ impl RunDir {
 
     /// The name of the run: as stored, or made of the folder's own name.
     pub(crate) fn run(&self) -> Result<RunId> {
+        Ok(self.read_run_file()?.run)
+    }
+
+    /// The store of the run's checkpoints: the folder itself, or the location that the run began with.
+    pub(crate) fn checkpoints(&self) -> Result<String> {
+        Ok(self.read_run_file()?.checkpoints.unwrap_or_else(|| self.location.clone()))
+    }
+
+    fn read_run_file(&self) -> Result<RunFile> {
         let path = self.root.join(RUN);
         match fs::read_to_string(&path) {
-            Ok(text) => {
-                let file: RunFile = toml::from_str(&text)
-                    .with_context(|| format!("{}: restore it from a copy", path.display()))?;
-                Ok(file.run)
+            Ok(text) => toml::from_str(&text)
+                .with_context(|| format!("{}: restore it from a copy", path.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(RunFile { run: run_id(&self.root), checkpoints: None })
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(run_id(&self.root)),
             Err(error) => Err(error).with_context(|| format!("{} cannot be read", path.display())),
         }
     }
@@ -171,14 +182,23 @@ impl RunDir {
         }
     }
 
-    /// Writes what makes the folder a run. A run that is there keeps its name and its token.
-    pub(crate) fn write(&self, run: &RunId, recipe: &Recipe) -> Result<()> {
+    /// Writes what makes the folder a run. A run that is there keeps its name, its token and the place of
+    /// its checkpoints.
+    pub(crate) fn write(
+        &self,
+        run: &RunId,
+        recipe: &Recipe,
+        checkpoints: Option<&str>,
+    ) -> Result<()> {
         let logs = self.root.join(LOGS);
         fs::create_dir_all(&logs).with_context(|| format!("{} cannot be made", logs.display()))?;
         let run_file = self.root.join(RUN);
         if !run_file.exists() {
-            let text = toml::to_string(&RunFile { run: run.clone() })
-                .context("the name of the run cannot be written")?;
+            let text = toml::to_string(&RunFile {
+                run: run.clone(),
+                checkpoints: checkpoints.map(str::to_owned),
+            })
+            .context("the name of the run cannot be written")?;
             write_atomically(&run_file, text.as_bytes(), 0o644)?;
         }
         if !self.token().exists() {
@@ -265,14 +285,14 @@ mod tests {
         let _lock = dir.lock().unwrap();
         let run = dir.run().unwrap();
         assert_eq!(run.as_str(), "my-run");
-        dir.write(&run, &recipe()).unwrap();
+        dir.write(&run, &recipe(), None).unwrap();
         assert_eq!(dir.contents().unwrap(), Contents::Run(Box::new(recipe())));
         let token = dir.read_token().unwrap();
         assert_eq!(token.len(), 64);
         let mode = fs::metadata(dir.token()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
 
-        dir.write(&RunId::try_from("other".to_owned()).unwrap(), &recipe()).unwrap();
+        dir.write(&RunId::try_from("other".to_owned()).unwrap(), &recipe(), None).unwrap();
         assert_eq!(dir.run().unwrap(), run, "a run keeps its name");
         assert_eq!(dir.read_token().unwrap(), token, "and its token");
     }
@@ -282,7 +302,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir::at(&folder.path().join("before")).unwrap();
         let _lock = dir.lock().unwrap();
-        dir.write(&dir.run().unwrap(), &recipe()).unwrap();
+        dir.write(&dir.run().unwrap(), &recipe(), None).unwrap();
         fs::rename(folder.path().join("before"), folder.path().join("after")).unwrap();
         let moved = RunDir::at(&folder.path().join("after")).unwrap();
         assert_eq!(moved.run().unwrap().as_str(), "before");

@@ -18,12 +18,14 @@ pub(crate) struct Committer {
 }
 
 impl Committer {
-    pub(crate) fn new(
+    /// Opens the store, and makes sure that it keeps the contract.
+    pub(crate) async fn new(
         config: Arc<Config>,
         inputs: mpsc::Sender<Input>,
     ) -> Result<Self, StartError> {
         let store = Store::create(&config.checkpoints)
             .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
+        store.check_contract().await?;
         Ok(Self { config, store, inputs })
     }
 

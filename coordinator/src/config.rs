@@ -62,6 +62,9 @@ pub enum StartError {
         #[source]
         source: checkpoint::OpenError,
     },
+    /// The store of the checkpoints does not answer, or does not keep its contract.
+    #[error(transparent)]
+    Contract(#[from] checkpoint::ContractError),
     /// The network.
     #[error("cannot serve on {address}")]
     Serve {

@@ -103,7 +103,7 @@ pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, Sta
     let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
     let (publisher, subscriber) = watch::channel();
     let host = Host {
-        committer: Committer::new(Arc::clone(&config), inputs.clone())?,
+        committer: Committer::new(Arc::clone(&config), inputs.clone()).await?,
         welcome: welcome(&config),
         coordinator,
         log,

@@ -94,7 +94,7 @@ impl Folder {
     fn open(&self) -> Result<(Box<Recipe>, Store)> {
         let dir = RunDir::at(&self.run_dir)?;
         let recipe = history::require_run(&dir)?;
-        Ok((recipe, Store::open(dir.location())?))
+        Ok((recipe, Store::open(&dir.checkpoints()?)?))
     }
 }
 

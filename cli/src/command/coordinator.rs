@@ -62,7 +62,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         recipe: recipe.to_toml(),
         token: dir.read_token()?,
         log: dir.log(),
-        checkpoints: dir.location().to_owned(),
+        checkpoints: dir.checkpoints()?,
         keep: checkpoints::retention(&recipe, plan.steps_per_epoch),
         run: plan,
         software: format!("percheron {}", env!("CARGO_PKG_VERSION")),

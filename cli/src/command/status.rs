@@ -76,7 +76,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
 async fn find(dir: &RunDir) -> Result<Status> {
     let History { entries, coordinator, liveness } = history::read(dir, 1).await?;
     let report = Report::of(&entries);
-    let store = Store::open(dir.location())?;
+    let store = Store::open(&dir.checkpoints()?)?;
     let checkpoints = committed_steps(&store).await?;
     let run = dir.run()?.to_string();
     Ok(Status::of(run, dir, coordinator, &report, &liveness, &checkpoints))

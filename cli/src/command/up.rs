@@ -30,6 +30,11 @@ pub(crate) struct Arguments {
     /// checkpoint [default: the first free of runs/NAME-001, runs/NAME-002, ...].
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// Where a new run keeps its checkpoints: s3://BUCKET/PREFIX, with endpoint and credentials from the
+    /// environment as the AWS tools have them, or another folder. A run stays with what it began with
+    /// [default: the folder of the run].
+    #[arg(long, value_name = "LOCATION")]
+    checkpoints: Option<String>,
     /// Lay a value over the recipe, such as `seed=7` or `ema.decay=0.99`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -47,9 +52,11 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let Arguments { recipe, workers, run_dir, sets, chaos, quarantine, json } = arguments;
+    let Arguments { recipe, workers, run_dir, checkpoints, sets, chaos, quarantine, json } =
+        arguments;
     let start =
-        prepare(Request { recipe, workers, run_dir, sets, chaos, json, quarantine }).await?;
+        prepare(Request { recipe, workers, run_dir, checkpoints, sets, chaos, json, quarantine })
+            .await?;
     let ending = match start {
         Start::Finished(summary) => Ending::Finished(summary),
         Start::Run(prepared) => supervise(*prepared).await?,

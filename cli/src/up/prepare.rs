@@ -25,6 +25,8 @@ pub(crate) struct Request {
     pub(crate) recipe: Option<String>,
     pub(crate) workers: u32,
     pub(crate) run_dir: Option<PathBuf>,
+    /// Where a new run keeps its checkpoints, if not in its folder.
+    pub(crate) checkpoints: Option<String>,
     pub(crate) sets: Vec<String>,
     pub(crate) chaos: Option<String>,
     pub(crate) json: bool,
@@ -61,7 +63,7 @@ pub(crate) enum Start {
 ///
 /// # Errors
 /// The first problem, with the file or key it is in and what to do.
-pub(crate) async fn prepare(request: Request) -> Result<Start> {
+pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
     let chaos = request.chaos.as_deref().map(str::parse).transpose()?.unwrap_or_default();
     let given = request.run_dir.as_deref().map(RunDir::at).transpose()?;
     let stored = match &given {
@@ -84,6 +86,7 @@ pub(crate) async fn prepare(request: Request) -> Result<Start> {
     let (dir, lock, report, worker_program) = match (given, stored) {
         (Some(dir), Contents::Run(_)) => {
             let lock = dir.lock()?;
+            check_same_place(&dir, request.checkpoints.as_deref())?;
             let report = check_history(&dir, request.quarantine).await?;
             if let Some(summary) = report.summary(plan.run.as_str(), dir.location()) {
                 return Ok(Start::Finished(Box::new(summary)));
@@ -92,13 +95,16 @@ pub(crate) async fn prepare(request: Request) -> Result<Start> {
         }
         (given, _) => {
             let worker_program = worker_program()?;
+            if let Some(location) = &mut request.checkpoints {
+                *location = check_free(location).await?;
+            }
             let dir = given.map_or_else(|| free_run_dir(&recipe.name), Ok)?;
             let lock = dir.lock()?;
             (dir, lock, Report::default(), worker_program)
         }
     };
     plan.run = dir.run()?;
-    dir.write(&plan.run, &recipe)?;
+    dir.write(&plan.run, &recipe, request.checkpoints.as_deref())?;
     let token = dir.read_token()?;
     let (threads, json) = (recipe.threads, request.json);
     let prepared =
@@ -146,6 +152,43 @@ fn check_same(dir: &RunDir, stored: &Recipe, asked: &Recipe) -> Result<()> {
     Ok(())
 }
 
+/// A run stays with its checkpoints.
+fn check_same_place(dir: &RunDir, asked: Option<&str>) -> Result<()> {
+    let stored = dir.checkpoints()?;
+    if let Some(asked) = asked
+        && absolute(asked)? != stored
+    {
+        bail!(
+            "run directory {dir} keeps its checkpoints in {stored}, and --checkpoints says {asked}: leave \
+             it out"
+        );
+    }
+    Ok(())
+}
+
+/// Opens the place for a new run's checkpoints; returns a location that means the same from everywhere.
+async fn check_free(location: &str) -> Result<String> {
+    let location = absolute(location)?;
+    let store = Store::create(&location).context("--checkpoints")?;
+    store.check_contract().await.context("--checkpoints")?;
+    if let Some(newest) = committed_steps(&store).await?.first() {
+        bail!(
+            "--checkpoints: {location} holds another run's checkpoints, up to step {newest}: choose another \
+             place, or go on with that run by its --run-dir"
+        );
+    }
+    Ok(location)
+}
+
+fn absolute(location: &str) -> Result<String> {
+    if location.contains("://") {
+        return Ok(location.trim_end_matches('/').to_owned());
+    }
+    let path = std::path::absolute(location).context("--checkpoints")?;
+    let text = path.to_str().context("--checkpoints: the path is not UTF-8; choose another")?;
+    Ok(text.to_owned())
+}
+
 /// Opens both splits; returns the number of training samples.
 fn check_dataset(recipe: &Recipe) -> Result<u64> {
     let location = &recipe.data.location;
@@ -185,7 +228,7 @@ async fn check_history(dir: &RunDir, can_quarantine: bool) -> Result<Report> {
         ),
         None => {}
     }
-    let store = Store::open(dir.location())?;
+    let store = Store::open(&dir.checkpoints()?)?;
     let mut aside = BTreeMap::new();
     while let Some(error) = check_newest(&store).await? {
         if !can_quarantine || error.intact.is_none() {

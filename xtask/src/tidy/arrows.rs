@@ -10,10 +10,11 @@ use crate::process;
 use crate::workspace::Workspace;
 
 /// The allowed arrows between our crates. A new one needs a decision record.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("cluster", &[]),
     ("libtorch", &[]),
     ("xtask", &[]),
+    (TESTING, &[]),
     ("recipe", &["cluster"]),
     ("proto", &["cluster"]),
     ("simulation", &["cluster"]),
@@ -28,6 +29,9 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ),
     ("cli", &["cluster", "recipe", "coordinator", "proto", "shards", "checkpoint", "simulation"]),
 ];
+
+/// Servers for tests: any crate may name it as a development dependency, none may link it.
+const TESTING: &str = "testing";
 
 /// The crates that may name libtorch's bindings.
 const TORCH_USERS: [&str; 4] = ["libtorch", "model", "collective", "worker"];
@@ -114,7 +118,8 @@ pub(super) fn check(graph: &Graph) -> Vec<Finding> {
             continue;
         };
         for dependency in named.iter().filter(|dependency| graph.named.contains_key(*dependency)) {
-            if !allowed.contains(&&**dependency) {
+            let is_for_tests = dependency == TESTING && graph.way(name, TESTING).is_empty();
+            if !allowed.contains(&&**dependency) && !is_for_tests {
                 let message = format!("`{name}` may not depend on `{dependency}`");
                 findings.push(Finding::error(&place, 0, message));
             }

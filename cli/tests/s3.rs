@@ -1,0 +1,120 @@
+//! A run whose checkpoints are in S3: interrupted, moved to another folder, gone on with by another number
+//! of workers through a network that breaks, it ends with the same bits.
+#![expect(clippy::unwrap_used, reason = "a test: what cannot be unwrapped fails it")]
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use serde_json::Value;
+use testing::{Breakage, Proxy, Rule, S3Server};
+
+/// `percheron up` of a short recipe; `variables` are in its environment.
+fn command(run_dir: &Path, workers: u32, variables: &[(String, String)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    command.args(["up", "--recipe", "digits", "--json", "--workers", &workers.to_string()]);
+    for set in [
+        "max_steps=8",
+        "batch_size=2",
+        "evaluate_every_epochs=0",
+        "checkpoint.every_steps=3",
+        "checkpoint.part_mib=8",
+        "elastic.max_recovery=4s",
+        "schedule.warmup_epochs=0",
+    ] {
+        command.args(["--set", set]);
+    }
+    command.arg("--run-dir").arg(run_dir).stdin(Stdio::null());
+    command.envs(variables.iter().map(|(name, value)| (name, value)));
+    command
+}
+
+fn finished(command: &mut Command) -> Value {
+    let output = command.output().unwrap();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{stderr}\n{stdout}");
+    serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+}
+
+fn refused(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stdout));
+    text(&output.stderr)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What a client has in its environment that speaks to `port`.
+fn through(server: &S3Server, port: u16) -> Vec<(String, String)> {
+    let mut variables = server.variables();
+    variables.push(("AWS_ENDPOINT_URL".to_owned(), format!("http://127.0.0.1:{port}")));
+    variables
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_in_s3_is_moved_and_resized_and_its_store_fails_and_it_ends_with_the_same_bits() {
+    let server = S3Server::start().await;
+    let proxy = Proxy::before(server.port()).await;
+    let variables = through(&server, proxy.port());
+    let folder = tempfile::tempdir().unwrap();
+    let undisturbed = finished(&mut command(&folder.path().join("undisturbed"), 1, &[]));
+
+    let before = folder.path().join("before");
+    let location = server.location("runs/moved");
+    let mut first = command(&before, 2, &variables)
+        .args(["--checkpoints", &location])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(first.stderr.take().unwrap()).lines().map(Result::unwrap);
+    lines.find(|line| line.contains("checkpoint kept")).expect("it keeps step 3");
+    let pid = nix::unistd::Pid::from_raw(first.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let said: Vec<String> = lines.collect();
+    assert_eq!(first.wait().unwrap().code(), Some(130), "{said:?}");
+    assert!(!before.join("checkpoints").exists(), "nothing is kept in the folder");
+
+    let after = folder.path().join("after");
+    fs::rename(&before, &after).unwrap();
+    for breakage in [Breakage::SlowDown, Breakage::ResetBefore, Breakage::ResetAfter] {
+        proxy.add(Rule { method: "PUT", path: "/part-", breakage, times: 2 });
+        proxy.add(Rule { method: "PUT", path: "/manifest.json", breakage, times: 1 });
+    }
+    let resumed = finished(&mut command(&after, 3, &variables));
+    assert_eq!(resumed["state_sha256"], undisturbed["state_sha256"]);
+    assert_eq!(proxy.left(), 0, "everything that was to break has broken");
+
+    let mut verify = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    verify.args(["checkpoints", "verify"]).arg(&after);
+    let output = verify.envs(variables).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+
+    // Another run cannot take the place, and this one cannot go elsewhere.
+    let direct = server.variables();
+    let other = folder.path().join("other");
+    let said = refused(command(&other, 1, &direct).args(["--checkpoints", &location]));
+    assert!(said.contains("holds another run's checkpoints, up to step 8"), "{said}");
+    assert!(!other.exists(), "nothing is begun");
+    let said = refused(command(&after, 1, &direct).args(["--checkpoints", "s3://test/other"]));
+    assert!(said.contains("keeps its checkpoints in s3://test/runs/moved"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_cannot_be_used_is_said_before_anything_is_begun() {
+    let server = S3Server::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let run_dir = folder.path().join("run");
+    let mut variables = server.variables();
+    variables.push(("AWS_SECRET_ACCESS_KEY".to_owned(), "wrong".to_owned()));
+    let location = server.location("runs");
+    let said = refused(command(&run_dir, 1, &variables).args(["--checkpoints", &location]));
+    assert!(said.contains("--checkpoints: cannot write s3://test/runs/probe/"), "{said}");
+    let said = refused(command(&run_dir, 1, &[]).args(["--checkpoints", "gs://b/runs"]));
+    assert!(said.contains("cannot open gs://b/runs: give a folder"), "{said}");
+    assert!(!run_dir.exists());
+}
