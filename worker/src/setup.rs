@@ -122,9 +122,21 @@ impl Setup {
     }
 }
 
-fn architecture(recipe: &Recipe) -> Result<Architecture, SetupError> {
+/// The recipe's network.
+///
+/// # Errors
+/// [`SetupError`] names the fields of `[model]` that do not fit.
+pub fn architecture(recipe: &Recipe) -> Result<Architecture, SetupError> {
     Architecture::try_from(&model_config(recipe))
         .map_err(|error| SetupError::Section { section: "[model]", problem: error.to_string() })
+}
+
+/// Images in the recipe's training split.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn training_samples(recipe: &Recipe) -> Result<u64, shards::OpenError> {
+    Ok(Dataset::open(&recipe.data.location, &recipe.data.train)?.len())
 }
 
 fn split(
@@ -177,7 +189,9 @@ fn loss_config(recipe: &Recipe) -> LossConfig {
     }
 }
 
-fn adamw(recipe: &Recipe) -> AdamWConfig {
+/// The recipe's optimizer.
+#[must_use]
+pub fn adamw(recipe: &Recipe) -> AdamWConfig {
     let [beta1, beta2] = recipe.optimizer.betas;
     AdamWConfig { beta1, beta2, epsilon: recipe.optimizer.eps }
 }

@@ -1,0 +1,65 @@
+//! What `percheron-worker` does beside training, for the commands of `percheron` that need the network.
+
+mod export;
+mod import;
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use checkpoint::{Checkpoint, Store};
+use clap::Subcommand;
+use cluster::Step;
+use recipe::Recipe;
+
+use crate::{
+    setup::{adamw, architecture},
+    train::{self, TrainState},
+};
+
+/// A task.
+#[derive(Debug, Subcommand)]
+pub enum Tool {
+    /// Make a checkpoint of a file of weights: an official .pth, or .safetensors.
+    Import(import::Arguments),
+    /// Write the weights of a checkpoint as .pth or .safetensors.
+    Export(export::Arguments),
+}
+
+impl Tool {
+    /// Carries it out.
+    ///
+    /// # Errors
+    /// What is wrong, with the file and what to do.
+    pub async fn run(self) -> Result<()> {
+        match self {
+            Self::Import(arguments) => import::run(arguments).await,
+            Self::Export(arguments) => export::run(arguments).await,
+        }
+    }
+}
+
+/// Memory for the state of a recipe's network.
+fn empty_state(recipe: &Recipe) -> Result<TrainState> {
+    let architecture = architecture(recipe)?;
+    Ok(TrainState::empty(&architecture, adamw(recipe), tch::Device::Cpu))
+}
+
+/// Reads the newest checkpoint below a folder, or that of `step`.
+async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<(Recipe, TrainState)> {
+    let location = folder.to_str().context("--checkpoint: the path is not UTF-8")?;
+    let store = Store::open(location).context("--checkpoint")?;
+    let step = match step {
+        Some(step) => step,
+        None => {
+            let newest = checkpoint::committed_steps(&store).await?.into_iter().max();
+            newest.with_context(|| format!("--checkpoint {location}: there is none in it"))?
+        }
+    };
+    let manifest = Checkpoint::open(&store, step).await?.manifest().clone();
+    let origin = format!("of the checkpoint of step {step}");
+    let recipe = Recipe::from_toml(&origin, &manifest.recipe, &[])?;
+    let mut state = empty_state(&recipe)?;
+    let layout = state.checkpoint_layout(manifest.part_bytes)?;
+    train::restore(location, step, &mut state, &layout).await?;
+    Ok((recipe, state))
+}
