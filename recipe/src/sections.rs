@@ -82,8 +82,9 @@ pub struct Model {
     pub classes: u32,
     /// Height and width of the input, in pixels.
     pub input_size: u32,
-    /// Self-attention layers of each stage, in units of 3, 3, 9 and 3.
-    pub depth_factor: [u32; 4],
+    /// Self-attention layers of each stage, in units of 3, 3, 9 and 3. None: the family's published ones,
+    /// RegNetY 1 1 1 2, ResNet 1 1 1 1, MobileNetV3 1 1 1 3.
+    pub depth_factor: Option<[u32; 4]>,
     /// Width of the self-attention MLPs, in token widths.
     pub sa_widening_factor: u32,
     /// Whether the image features read the latents once more after the last stage.
@@ -98,6 +99,17 @@ pub struct Model {
     pub with_isc: bool,
     /// Dropout inside the attention blocks.
     pub dropout: f64,
+    /// Whether the latents read a 7×7 summary of the features. Nothing else is possible, here and in the
+    /// reference (SPEC of the reference, section 17, Q1).
+    pub spatial_reduction: bool,
+    /// Attention heads of the four latent stages. None: 1, 2, 4, 8. They must divide the channels there.
+    pub num_sa_heads: Option<[u32; 4]>,
+    /// Channels of the latents of stage 1. None: those of the features there, and nothing else is possible.
+    pub num_latent_channels: Option<u32>,
+    /// Drop-path rate of the last residual block; it grows evenly from 0 at the first. ResNet only. None: 0.2.
+    pub drop_path: Option<f64>,
+    /// Dropout before the last layer of the classifiers of the features. ResNet and MobileNetV3 only. None: 0.2.
+    pub head_dropout: Option<f64>,
 }
 
 impl Default for Model {
@@ -106,7 +118,7 @@ impl Default for Model {
             name: "reg800m_perceiver_t128".to_owned(),
             classes: 1000,
             input_size: 224,
-            depth_factor: [1, 1, 1, 2],
+            depth_factor: None,
             sa_widening_factor: 4,
             with_last_ca: true,
             with_x2z: true,
@@ -114,6 +126,11 @@ impl Default for Model {
             with_dwc: true,
             with_isc: true,
             dropout: 0.0,
+            spatial_reduction: true,
+            num_sa_heads: None,
+            num_latent_channels: None,
+            drop_path: None,
+            head_dropout: None,
         }
     }
 }

@@ -22,7 +22,8 @@ pub struct Setup {
     pub optimizer: AdamWConfig,
     /// Learning rate and weight decay.
     pub schedule: Schedule,
-    /// Which samples a step takes.
+    /// Which samples a micro-batch takes. A step of this plan is one micro-batch of every virtual rank:
+    /// `update_freq` of them make an optimizer update.
     pub batches: BatchPlan,
     /// The split that is trained on.
     pub training: Split,
@@ -105,7 +106,7 @@ impl Setup {
         let plan = recipe
             .plan(run, samples, 1)
             .map_err(|error| in_section("(top level)")(error.problems.join("; ")))?;
-        let schedule = Schedule::new(&schedule_config(&recipe), batches.steps_per_epoch())
+        let schedule = Schedule::new(&schedule_config(&recipe), plan.steps_per_epoch)
             .map_err(|error| in_section("[schedule]")(error.to_string()))?;
         let (loss, optimizer) = (loss_config(&recipe), adamw(&recipe));
         Ok(Self {
@@ -164,7 +165,7 @@ fn model_config(recipe: &Recipe) -> ModelConfig {
         name: m.name.clone(),
         classes: m.classes.into(),
         input_size: m.input_size.into(),
-        depth_factor: Some(m.depth_factor.map(|factor| factor as usize)),
+        depth_factor: m.depth_factor.map(|factors| factors.map(|factor| factor as usize)),
         sa_widening_factor: m.sa_widening_factor.into(),
         with_last_ca: m.with_last_ca,
         with_x2z: m.with_x2z,
@@ -172,7 +173,11 @@ fn model_config(recipe: &Recipe) -> ModelConfig {
         with_dwc: m.with_dwc,
         with_isc: m.with_isc,
         dropout: m.dropout,
-        ..ModelConfig::published(&m.name)
+        spatial_reduction: m.spatial_reduction,
+        num_sa_heads: m.num_sa_heads.map(|heads| heads.map(i64::from)),
+        num_latent_channels: m.num_latent_channels.map(i64::from),
+        drop_path: m.drop_path,
+        head_dropout: m.head_dropout,
     }
 }
 

@@ -41,7 +41,8 @@ impl Tool {
 /// Memory for the state of a recipe's network.
 fn empty_state(recipe: &Recipe) -> Result<TrainState> {
     let architecture = architecture(recipe)?;
-    Ok(TrainState::empty(&architecture, adamw(recipe), tch::Device::Cpu))
+    let device = tch::Device::Cpu;
+    Ok(TrainState::empty(&architecture, adamw(recipe), recipe.update_freq, device))
 }
 
 /// Reads the newest checkpoint below a folder, or that of `step`.
