@@ -2,11 +2,14 @@
 
 mod export;
 mod import;
+mod models;
+mod options;
+mod tensor_file;
 
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use checkpoint::{Checkpoint, Store};
+use checkpoint::{Checkpoint, Manifest, Store};
 use clap::Subcommand;
 use cluster::Step;
 use recipe::Recipe;
@@ -23,6 +26,9 @@ pub enum Tool {
     Import(import::Arguments),
     /// Write the weights of a checkpoint as .pth or .safetensors.
     Export(export::Arguments),
+    /// List the registered models, or show one.
+    #[command(subcommand)]
+    Model(models::Command),
 }
 
 impl Tool {
@@ -34,8 +40,14 @@ impl Tool {
         match self {
             Self::Import(arguments) => import::run(arguments).await,
             Self::Export(arguments) => export::run(arguments).await,
+            Self::Model(command) => models::run(&command),
         }
     }
+}
+
+#[expect(clippy::print_stdout, reason = "what a command has to say is for people and scripts")]
+fn say(line: &str) {
+    println!("{line}");
 }
 
 /// Memory for the state of a recipe's network.
@@ -45,8 +57,15 @@ fn empty_state(recipe: &Recipe) -> Result<TrainState> {
     Ok(TrainState::empty(&architecture, adamw(recipe), recipe.update_freq, device))
 }
 
+/// A checkpoint in memory.
+struct Checkpointed {
+    manifest: Manifest,
+    recipe: Recipe,
+    state: TrainState,
+}
+
 /// Reads the newest checkpoint below a folder, or that of `step`.
-async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<(Recipe, TrainState)> {
+async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<Checkpointed> {
     let location = folder.to_str().context("--checkpoint: the path is not UTF-8")?;
     let store = Store::open(location).context("--checkpoint")?;
     let step = match step {
@@ -62,5 +81,5 @@ async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<(Recipe, T
     let mut state = empty_state(&recipe)?;
     let layout = state.checkpoint_layout(manifest.part_bytes)?;
     train::restore(location, step, &mut state, &layout).await?;
-    Ok((recipe, state))
+    Ok(Checkpointed { manifest, recipe, state })
 }

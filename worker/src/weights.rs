@@ -6,6 +6,7 @@
 
 use checkpoint::pth::{Array, Value};
 use model::{Layout, Role};
+use recipe::Recipe;
 
 use crate::train::TrainState;
 
@@ -56,13 +57,12 @@ pub fn named(state: &TrainState, which: Which) -> Vec<(String, Array)> {
     let sections = state.sections();
     let floats = |section: usize| bytemuck::cast_slice::<u8, f32>(sections[section]);
     let [params, buffers] = which.sections().map(floats);
-    let counters: &[u64] = bytemuck::cast_slice(sections[COUNTERS]);
     let entry = |entry: &model::Entry| {
         let values = match entry.role {
             Role::Decayed | Role::Undecayed => &params[entry.range.clone()],
             Role::Buffer => &buffers[entry.range.clone()],
             Role::Counter => {
-                let batches = counters[which.counter()].cast_signed();
+                let batches = state.batches()[which.counter()].cast_signed();
                 return (entry.name.clone(), Array::i64_scalar(batches));
             }
         };
@@ -71,9 +71,12 @@ pub fn named(state: &TrainState, which: Which) -> Vec<(String, Array)> {
     state.layout().entries().iter().map(entry).collect()
 }
 
-/// The moments, as PyTorch's optimizers write them.
+/// The moments and constants of the optimizer, as PyTorch's AdamW keeps them.
+///
+/// # Panics
+/// If the state is not usable.
 #[must_use]
-pub fn optimizer(state: &TrainState) -> Value {
+pub fn optimizer(state: &TrainState, recipe: &Recipe) -> Value {
     let step = state.step().expect("only a usable state is written").0;
     let step = Value::Int(step.cast_signed());
     let sections = state.sections();
@@ -89,13 +92,27 @@ pub fn optimizer(state: &TrainState) -> Value {
         (int(number), Value::Dict(items))
     };
     let moments = parameters.iter().enumerate().map(moments).collect();
-    let group = |numbers: std::ops::Range<usize>| {
-        Value::Dict(vec![(text("params"), Value::List(numbers.map(int).collect()))])
-    };
-    let groups = vec![group(0..decayed), group(decayed..parameters.len())];
+    let groups = vec![
+        group(recipe, recipe.optimizer.weight_decay, 0..decayed),
+        group(recipe, 0.0, decayed..parameters.len()),
+    ];
     Value::Dict(vec![
         (text("state"), Value::Dict(moments)),
         (text("param_groups"), Value::List(groups)),
+    ])
+}
+
+/// One parameter group. The reference writes `lr` anew at each step, from its schedule and `lr_scale`.
+fn group(recipe: &Recipe, weight_decay: f64, numbers: std::ops::Range<usize>) -> Value {
+    let betas = recipe.optimizer.betas.map(Value::Float).to_vec();
+    Value::Dict(vec![
+        (text("weight_decay"), Value::Float(weight_decay)),
+        (text("params"), Value::List(numbers.map(int).collect())),
+        (text("lr_scale"), Value::Float(1.0)),
+        (text("lr"), Value::Float(recipe.schedule.lr)),
+        (text("betas"), Value::List(betas)),
+        (text("eps"), Value::Float(recipe.optimizer.eps)),
+        (text("amsgrad"), Value::Bool(false)),
     ])
 }
 
@@ -221,7 +238,7 @@ fn whole(value: &Value) -> Option<u64> {
     reason = "it is checked to be a whole number that fits"
 )]
 fn from_float(number: f64) -> Option<u64> {
-    (number >= 0.0 && number < 9e15 && number.fract() == 0.0).then_some(number as u64)
+    ((0.0..9e15).contains(&number) && number.fract() == 0.0).then_some(number as u64)
 }
 
 pub(crate) fn text(text: &str) -> Value {

@@ -1,19 +1,21 @@
 //! `percheron export`: the weights of a checkpoint for other programs.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
-use checkpoint::pth::{self, Array, Dtype, Value};
+use checkpoint::pth::{self, Value};
 use clap::{Args, ValueEnum};
 use cluster::Step;
-use safetensors::tensor::TensorView;
+use recipe::Recipe;
+use serde::Serialize;
 
-use super::read_checkpoint;
+use super::{Checkpointed, options, read_checkpoint, say, tensor_file};
 use crate::{
     train::TrainState,
     weights::{self, Which, text},
 };
 
+/// `percheron export …`.
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// The folder of a run, or one that `import` made.
@@ -28,78 +30,108 @@ pub struct Arguments {
     /// Write the averaged weights, and only them.
     #[arg(long)]
     ema: bool,
-    /// The file to write; it must not be there yet.
+    /// The file to write; it must not be there yet [default: RUN-step-N.FORMAT, or RUN-step-N-ema.FORMAT].
     #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    out: Option<PathBuf>,
+    /// Print one line of JSON.
+    #[arg(long)]
+    json: bool,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// The official layout: `model`, `model_ema`, `optimizer`, `epoch`.
+    /// The official layout, for `torch.load`: `model`, `model_ema`, `optimizer`, `epoch` and `args`; with
+    /// --ema `model` and `args`.
     Pth,
     /// Named tensors of one set of weights.
     Safetensors,
 }
 
+/// What was written.
+#[derive(Debug, Serialize)]
+struct Exported {
+    run: String,
+    step: u64,
+    weights: &'static str,
+    tensors: usize,
+    out: String,
+}
+
 pub(super) async fn run(arguments: Arguments) -> Result<()> {
-    let out = &arguments.out;
-    if out.exists() {
-        bail!("--out {}: it is there already; choose another name", out.display());
+    let there = |out: &PathBuf| format!("--out {}: it is there already", out.display());
+    if let Some(out) = arguments.out.as_ref().filter(|out| out.exists()) {
+        bail!("{}; choose another name", there(out));
     }
-    let step = arguments.step.map(Step);
-    let (recipe, state) = read_checkpoint(&arguments.checkpoint, step).await?;
+    let held = read_checkpoint(&arguments.checkpoint, arguments.step.map(Step)).await?;
+    let out = arguments.out.unwrap_or_else(|| default_name(&held, arguments.format, arguments.ema));
+    if out.exists() {
+        bail!("{}; say another name", there(&out));
+    }
     let which = if arguments.ema { Which::Averaged } else { Which::Live };
-    match arguments.format {
-        Format::Pth => {
-            let samples = crate::setup::training_samples(&recipe).ok();
-            let epoch = samples.map(|samples| recipe.steps_per_epoch(samples));
-            pth::write(out, &official(&state, arguments.ema, epoch))?;
+    let named = weights::named(&held.state, which);
+    let tensors = named.len();
+    let written = match arguments.format {
+        Format::Pth if arguments.ema => {
+            let averaged = vec![(text("model"), dictionary(&held.state, which)), args(&held)];
+            pth::write(&out, &Value::Dict(averaged)).map_err(Into::into)
         }
-        Format::Safetensors => write_safetensors(out, weights::named(&state, which))?,
+        Format::Pth => pth::write(&out, &official(&held)).map_err(Into::into),
+        Format::Safetensors => tensor_file::write(&out, &named),
+    };
+    written.with_context(|| format!("--out {}", out.display()))?;
+    let exported = Exported {
+        run: held.manifest.run.to_string(),
+        step: held.manifest.step.0,
+        weights: if arguments.ema { "averaged" } else { "live" },
+        tensors,
+        out: out.display().to_string(),
+    };
+    if arguments.json {
+        say(&serde_json::to_string(&exported)?);
+    } else {
+        let Exported { run, step, weights, tensors, out } = &exported;
+        say(&format!("{out}: the {weights} weights of {run} at step {step}, {tensors} tensors"));
     }
     Ok(())
 }
 
-/// The official dictionary. `steps_per_epoch` is not known if the images are not there; then there is no
-/// epoch.
-fn official(state: &TrainState, only_averaged: bool, steps_per_epoch: Option<u64>) -> Value {
-    let dictionary = |which: Which| {
-        let named = weights::named(state, which).into_iter();
-        Value::Dict(named.map(|(name, array)| (text(&name), Value::Array(array))).collect())
+fn default_name(held: &Checkpointed, format: Format, ema: bool) -> PathBuf {
+    let extension = match format {
+        Format::Pth => "pth",
+        Format::Safetensors => "safetensors",
     };
-    if only_averaged {
-        return Value::Dict(vec![(text("model"), dictionary(Which::Averaged))]);
-    }
+    let average = if ema { "-ema" } else { "" };
+    let manifest = &held.manifest;
+    PathBuf::from(format!("{}-step-{}{average}.{extension}", manifest.run, manifest.step.0))
+}
+
+fn dictionary(state: &TrainState, which: Which) -> Value {
+    let named = weights::named(state, which).into_iter();
+    Value::Dict(named.map(|(name, array)| (text(&name), Value::Array(array))).collect())
+}
+
+/// The options of the reference that make the network again: what `import` reads.
+fn args(held: &Checkpointed) -> (Value, Value) {
+    (text("args"), Value::Dict(options::of(&held.recipe)))
+}
+
+/// The official dictionary. Without the images the length of an epoch is not known; then there is no
+/// `epoch`.
+fn official(held: &Checkpointed) -> Value {
+    let Checkpointed { recipe, state, manifest } = held;
     let mut items = vec![
-        (text("model"), dictionary(Which::Live)),
-        (text("model_ema"), dictionary(Which::Averaged)),
-        (text("optimizer"), weights::optimizer(state)),
+        (text("model"), dictionary(state, Which::Live)),
+        (text("model_ema"), dictionary(state, Which::Averaged)),
+        (text("optimizer"), weights::optimizer(state, recipe)),
     ];
-    let step = state.step().expect("it was restored").0;
-    if let Some(epochs) = steps_per_epoch.and_then(|steps| step.checked_div(steps))
-        && let Some(last) = epochs.checked_sub(1)
-    {
-        items.push((text("epoch"), Value::Int(last.cast_signed())));
-    }
+    items.extend(last_epoch(recipe, manifest.step).map(|last| (text("epoch"), Value::Int(last))));
+    items.push(args(held));
     Value::Dict(items)
 }
 
-fn write_safetensors(out: &PathBuf, named: Vec<(String, Array)>) -> Result<()> {
-    let mut views = BTreeMap::new();
-    for (name, array) in &named {
-        let dtype = match array.dtype {
-            Dtype::F32 => safetensors::Dtype::F32,
-            Dtype::I64 => safetensors::Dtype::I64,
-            other => bail!("{name} holds {other:?}, which no state does"),
-        };
-        let shape = array.shape.iter().map(|&size| usize::try_from(size));
-        let view = TensorView::new(dtype, shape.collect::<Result<_, _>>()?, &array.bytes)?;
-        views.insert(name.clone(), view);
-    }
-    let bytes = safetensors::serialize(views, None)?;
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).open(out);
-    let file =
-        file.as_mut().map_err(|error| anyhow::anyhow!("--out {}: {error}", out.display()))?;
-    std::io::Write::write_all(file, &bytes).with_context(|| format!("--out {}", out.display()))?;
-    file.sync_all().with_context(|| format!("--out {}", out.display()))
+/// The number of the last epoch that is done, counted from 0.
+fn last_epoch(recipe: &Recipe, step: Step) -> Option<i64> {
+    let samples = crate::setup::training_samples(recipe).ok()?; // The images may be elsewhere.
+    let epochs = step.0.checked_div(recipe.steps_per_epoch(samples))?;
+    Some(epochs.checked_sub(1)?.cast_signed())
 }
