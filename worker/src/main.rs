@@ -53,8 +53,8 @@ struct Training {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter =
-        EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = if arguments.tool.is_some() { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let format = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
     format.with_writer(std::io::stderr).init();
     let ended = match (arguments.tool, arguments.training) {

@@ -6,7 +6,7 @@ mod models;
 mod options;
 mod tensor_file;
 
-use std::path::Path;
+use std::{io::Write as _, path::Path};
 
 use anyhow::{Context as _, Result};
 use checkpoint::{Checkpoint, Manifest, Store};
@@ -45,9 +45,9 @@ impl Tool {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "what a command has to say is for people and scripts")]
+/// A line on the standard output, for people and scripts.
 fn say(line: &str) {
-    println!("{line}");
+    writeln!(std::io::stdout().lock(), "{line}").ok(); // The reader may be gone.
 }
 
 /// Memory for the state of a recipe's network.

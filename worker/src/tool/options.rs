@@ -8,8 +8,8 @@ use crate::weights::text;
 
 /// Options and the keys that say the same, of the network first (SPEC of the reference, section 14).
 ///
-/// `nb_classes` is not among them: it never reaches the reference's network.
-const KEYS: [(&str, &str); 30] = [
+/// `nb_classes` and `drop_path` are not among them: they never reach the reference's network.
+const KEYS: [(&str, &str); 32] = [
     ("model", "model.name"),
     ("input_size", "model.input_size"),
     ("depth_factor", "model.depth_factor"),
@@ -21,6 +21,8 @@ const KEYS: [(&str, &str); 30] = [
     ("with_dwc", "model.with_dwc"),
     ("with_isc", "model.with_isc"),
     ("dropout", "model.dropout"),
+    ("num_SA_heads", "model.num_sa_heads"),
+    ("num_latent_channels", "model.num_latent_channels"),
     ("loss_cnn_factor", "loss.cnn_factor"),
     ("loss_att_factor", "loss.att_factor"),
     ("loss_merge_factor", "loss.merge_factor"),
