@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use layers::{BUILT_IN, RecipeError, built_in};
 pub use sections::{
-    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Schedule,
+    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Precision, Schedule,
 };
 
 /// A complete recipe. Every field has a default, so a recipe states what it changes.
@@ -38,6 +38,8 @@ pub struct Recipe {
     pub update_freq: u32,
     /// Intra-op threads of a worker. Part of the fingerprint: other counts give other bits.
     pub threads: u32,
+    /// What forward and backward of a step compute in; evaluation is in f32.
+    pub precision: Precision,
     /// Whose BatchNorm running statistics the run keeps.
     pub bn_buffers: BnBuffers,
     /// Evaluate after every so many epochs, and always at the end; 0 for only at the end.
@@ -71,6 +73,7 @@ impl Default for Recipe {
             batch_size: 128,
             update_freq: 1,
             threads: 1,
+            precision: Precision::F32,
             bn_buffers: BnBuffers::Rank0,
             evaluate_every_epochs: 1,
             data: Data::default(),

@@ -14,6 +14,18 @@ pub enum BnBuffers {
     Mean,
 }
 
+/// What forward and backward compute in. Parameters, moments, averages and sums are f32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// IEEE single throughout, as the published recipes.
+    F32,
+    /// Products and convolutions in brain float, the rest in single.
+    Bf16,
+    /// Products and convolutions in IEEE half, the rest in single. Needs loss scaling, and a GPU.
+    F16,
+}
+
 /// Where the images are and how they are shown.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

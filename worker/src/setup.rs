@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use cluster::{RunConfig, RunId};
 use model::{AdamWConfig, Architecture, LossConfig, ModelConfig, Schedule, ScheduleConfig};
-use recipe::{Crop, Recipe};
+use recipe::{Crop, Precision, Recipe};
 use shards::{Augment, BatchPlan, Dataset, Transform};
+use tch::Kind;
 
 /// All that follows from the recipe and the dataset. The same on every worker of a run.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub struct Setup {
     pub plan: RunConfig,
     /// The network.
     pub architecture: Architecture,
+    /// What products and convolutions of a step compute in.
+    pub precision: Kind,
     /// The loss of the exits.
     pub loss: LossConfig,
     /// The optimizer's constants.
@@ -89,6 +92,7 @@ impl Setup {
         let in_section =
             |section: &'static str| move |problem: String| SetupError::Section { section, problem };
         let architecture = architecture(&recipe)?;
+        let precision = short_kind(recipe.precision).map_err(in_section("(top level)"))?;
         let augment = augment(&recipe);
         let transforms = Transform::training(&augment, recipe.model.input_size, recipe.seed)
             .and_then(|train| {
@@ -113,6 +117,7 @@ impl Setup {
             recipe,
             plan,
             architecture,
+            precision,
             loss,
             optimizer,
             schedule,
@@ -138,6 +143,19 @@ pub fn architecture(recipe: &Recipe) -> Result<Architecture, SetupError> {
 /// If it cannot be opened.
 pub fn training_samples(recipe: &Recipe) -> Result<u64, shards::OpenError> {
     Ok(Dataset::open(&recipe.data.location, &recipe.data.train)?.len())
+}
+
+/// The kind of a precision, where it can be trained in: this worker has no GPU.
+fn short_kind(precision: Precision) -> Result<Kind, String> {
+    match precision {
+        Precision::F32 => Ok(Kind::Float),
+        Precision::Bf16 => Ok(Kind::BFloat16),
+        Precision::F16 => {
+            Err("precision = f16 needs a GPU, and this worker has the CPU only: choose \
+                               bf16 or f32"
+                .to_owned())
+        }
+    }
 }
 
 fn split(
@@ -261,6 +279,7 @@ mod tests {
         assert!(problem("classes = 9").contains("model.classes = 9"), "{}", problem("classes = 9"));
         let missing = problem("validation = \"test\"");
         assert!(missing.contains("data.validation = \"test\""), "{missing}");
+        assert!(problem("precision = \"f16\"").contains("precision = f16 needs a GPU"));
         let unknown = problem("dropout = 2.0");
         assert!(unknown.contains("dropout"), "{unknown}");
     }

@@ -253,3 +253,16 @@ fn two_micro_batches_of_one_virtual_rank_are_one_of_two_but_for_running_statisti
     assert!(accumulated[learned..] != summed[learned..], "the running statistics do not");
     assert_eq!(accumulated[accumulated.len() - 16..][..8], 2_u64.to_le_bytes(), "2 updates");
 }
+
+#[test]
+fn bf16_steps_end_in_one_state_that_is_not_that_of_f32() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let small = ["virtual_ranks=2", "model.dropout=0.0"];
+    let digest = |precision: &str, count: u32| {
+        let sets = [&RECIPE[..], &small, &[precision]].concat();
+        digest_of(&runtime, &sets, 2, count)
+    };
+    let short = digest("precision=bf16", 1);
+    assert_eq!(short, digest("precision=bf16", 2), "1 and 2 workers");
+    assert_ne!(short, digest("precision=f32", 1));
+}

@@ -165,7 +165,9 @@ impl Stepper {
         orders: &Orders,
     ) -> Result<f64, Interrupted> {
         let (images, labels) = tensors(batch); // [B, 3, S, S], [B]
-        let exits = state.network().forward_train(&images, draws);
+        let forward = || state.network().forward_train(&images, draws);
+        let exits = libtorch::autocast(images.device(), setup.precision, forward)?;
+        let exits = exits.to_kind(Kind::Float); // Losses, KD included, are f32.
         let losses = multi_exit(&exits, Targets::Labels(&labels), &setup.loss);
         orders.check()?; // The backward pass takes longer than all before it.
         let share = &losses.total / f64::from(setup.recipe.update_freq);
