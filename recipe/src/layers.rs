@@ -181,8 +181,10 @@ fn nearest_key(key: &str) -> Option<String> {
 }
 
 /// The keys that a recipe need not have.
-const UNSET: [&str; 7] = [
+const UNSET: [&str; 9] = [
     "optimizer.clip_grad",
+    "optimizer.weight_decay_end",
+    "schedule.warmup_steps",
     "elastic.workers_max",
     "model.depth_factor",
     "model.num_sa_heads",

@@ -50,15 +50,17 @@ impl Problems {
 
     fn of_numbers(&mut self, r: &Recipe) {
         let not_negative = [
-            ("loss.cnn_factor", r.loss.cnn_factor),
-            ("loss.att_factor", r.loss.att_factor),
-            ("loss.merge_factor", r.loss.merge_factor),
-            ("loss.alpha_kd", r.loss.alpha_kd),
-            ("optimizer.weight_decay", r.optimizer.weight_decay),
-            ("schedule.lr", r.schedule.lr),
-            ("schedule.min_lr", r.schedule.min_lr),
+            ("loss.cnn_factor", Some(r.loss.cnn_factor)),
+            ("loss.att_factor", Some(r.loss.att_factor)),
+            ("loss.merge_factor", Some(r.loss.merge_factor)),
+            ("loss.alpha_kd", Some(r.loss.alpha_kd)),
+            ("optimizer.weight_decay", Some(r.optimizer.weight_decay)),
+            ("optimizer.weight_decay_end", r.optimizer.weight_decay_end),
+            ("schedule.lr", Some(r.schedule.lr)),
+            ("schedule.min_lr", Some(r.schedule.min_lr)),
         ];
         for (key, value) in not_negative {
+            let value = value.unwrap_or(0.0);
             self.require(value >= 0.0 && value.is_finite(), key, &value, "a number of at least 0");
         }
         let positive = [

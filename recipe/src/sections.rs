@@ -187,6 +187,8 @@ impl Default for Loss {
 pub struct Optimizer {
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// Where a cosine over the whole run leads the weight decay. None: it stays.
+    pub weight_decay_end: Option<f64>,
     /// Decay rates of the two moments.
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
@@ -197,7 +199,13 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self { weight_decay: 0.05, betas: [0.9, 0.999], eps: 1e-8, clip_grad: None }
+        Self {
+            weight_decay: 0.05,
+            weight_decay_end: None,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            clip_grad: None,
+        }
     }
 }
 
@@ -211,11 +219,13 @@ pub struct Schedule {
     pub min_lr: f64,
     /// Epochs of linear warm-up from 0.
     pub warmup_epochs: u64,
+    /// Steps of warm-up, instead of the epochs. None: `warmup_epochs`.
+    pub warmup_steps: Option<u64>,
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { lr: 1e-3, min_lr: 1e-6, warmup_epochs: 20 }
+        Self { lr: 1e-3, min_lr: 1e-6, warmup_epochs: 20, warmup_steps: None }
     }
 }
 

@@ -225,9 +225,9 @@ fn schedule_config(recipe: &Recipe) -> ScheduleConfig {
         lr: recipe.schedule.lr,
         min_lr: recipe.schedule.min_lr,
         warmup_epochs: recipe.schedule.warmup_epochs,
-        warmup_steps: None,
+        warmup_steps: recipe.schedule.warmup_steps,
         weight_decay: recipe.optimizer.weight_decay,
-        weight_decay_end: None,
+        weight_decay_end: recipe.optimizer.weight_decay_end,
     }
 }
 

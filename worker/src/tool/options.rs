@@ -9,7 +9,7 @@ use crate::weights::text;
 /// Options and the keys that say the same, of the network first (SPEC of the reference, section 14).
 ///
 /// `nb_classes` and `drop_path` are not among them: they never reach the reference's network.
-const KEYS: [(&str, &str); 32] = [
+const KEYS: [(&str, &str); 33] = [
     ("model", "model.name"),
     ("input_size", "model.input_size"),
     ("depth_factor", "model.depth_factor"),
@@ -31,6 +31,7 @@ const KEYS: [(&str, &str); 32] = [
     ("T_kd", "loss.t_kd"),
     ("alpha_kd", "loss.alpha_kd"),
     ("weight_decay", "optimizer.weight_decay"),
+    ("weight_decay_end", "optimizer.weight_decay_end"),
     ("opt_eps", "optimizer.eps"),
     ("opt_betas", "optimizer.betas"),
     ("clip_grad", "optimizer.clip_grad"),
