@@ -16,7 +16,7 @@ use recipe::Recipe;
 
 use crate::{
     setup::{adamw, architecture},
-    train::{self, TrainState},
+    train::{TrainState, checkpoints},
 };
 
 /// A task.
@@ -80,6 +80,6 @@ async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<Checkpoint
     let recipe = Recipe::from_toml(&origin, &manifest.recipe, &[])?;
     let mut state = empty_state(&recipe)?;
     let layout = state.checkpoint_layout(manifest.part_bytes)?;
-    train::restore(location, step, &mut state, &layout).await?;
+    checkpoints::restore(location, step, &mut state, &layout).await?;
     Ok(Checkpointed { manifest, recipe, state })
 }

@@ -2,7 +2,7 @@
 //!
 //! It obeys between two virtual ranks and waits for nobody but its peers.
 
-mod checkpoints;
+pub(crate) mod checkpoints;
 mod eval;
 mod forming;
 mod state;
@@ -28,12 +28,12 @@ use collective::{
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
-pub(crate) use self::checkpoints::{restore, share};
 pub use self::{
     checkpoints::{RestoreError, ShareBytes},
     state::{SECTIONS, TrainState},
 };
 use self::{
+    checkpoints::{restore, share},
     eval::Evaluator,
     forming::Origin,
     step::{Stepper, Surroundings},
