@@ -11,7 +11,7 @@
 //! set aside ([`quarantine`]).
 //!
 //! [`pth`] is another matter: it reads and writes files of `torch.save`, for weights that come from or go
-//! to other programs. No command uses it yet.
+//! to other programs: `percheron import` and `export`.
 //!
 //! **Invariants**: a step without a manifest is no checkpoint. A committed manifest is never
 //! overwritten, nor is a part of it by other bytes. The bytes of a part depend on the state only, not on

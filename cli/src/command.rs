@@ -52,6 +52,15 @@ pub(crate) enum Command {
     /// Show recipes.
     #[command(subcommand)]
     Recipe(recipe::Command),
+    /// Make a checkpoint of a file of weights: an official .pth, or .safetensors.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Import(worker::Arguments),
+    /// Write the weights of a checkpoint as .pth or .safetensors.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Export(worker::Arguments),
+    /// List the registered models, or show one: parameters, multiply–accumulates, stages, channels.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Model(worker::Arguments),
     /// Coordinate a run: one small process without torch (`up` starts it by itself).
     #[command(after_help = coordinator::AFTER_HELP)]
     Coordinator(coordinator::Arguments),
@@ -76,6 +85,9 @@ impl Command {
             Self::Explain(command) => explain::run(command),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
+            Self::Import(arguments) => worker::run_tool("import", arguments),
+            Self::Export(arguments) => worker::run_tool("export", arguments),
+            Self::Model(arguments) => worker::run_tool("model", arguments),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),
             Self::Worker(arguments) => worker::run(arguments),
         }

@@ -81,8 +81,8 @@ impl RunConfig {
         );
         require(
             self.steps_per_epoch >= 1,
-            "an epoch has no step: the training split is smaller than virtual_ranks x batch_size; \
-             set batch_size or virtual_ranks lower"
+            "an epoch has no step: the training split is smaller than virtual_ranks x update_freq x \
+             batch_size; set one of them lower"
                 .to_owned(),
         );
         require(

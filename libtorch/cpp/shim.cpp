@@ -5,6 +5,7 @@
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Version.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 #include <dlfcn.h>
 #include <torch/csrc/autograd/engine.h>
@@ -63,6 +64,20 @@ const char* percheron_is_deterministic(int* out) {
     auto& context = at::globalContext();
     *out = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly() &&
            context.deterministicCuDNN() && !context.benchmarkCuDNN();
+  });
+}
+
+// Autocast of this thread on the CPU or, if `cuda`, on CUDA: to bf16 if `kind` is 1, to f16 if it is
+// 2, off if it is 0.
+// Each weight is used once in a forward, so none is kept in its short form.
+const char* percheron_autocast(int cuda, int kind) {
+  return guarded([&] {
+    const auto device = cuda ? at::kCUDA : at::kCPU;
+    if (kind != 0) {
+      at::autocast::set_autocast_dtype(device, kind == 1 ? at::kBFloat16 : at::kHalf);
+      at::autocast::set_autocast_cache_enabled(false);
+    }
+    at::autocast::set_autocast_enabled(device, kind != 0);
   });
 }
 

@@ -1,17 +1,19 @@
 //! What tch lacks, behind safe functions: start-up of the runtime, the fingerprint of what can change
-//! bits, slices over tensor storage, and gradients written into one flat tensor.
+//! bits, slices over tensor storage, gradients written into one flat tensor, and autocast.
 //!
 //! Call [`init`] first thing in every program and test that computes: CUDA kernels register only if
 //! their library is loaded before the first question about CUDA.
 //!
 //! **Invariant**: this crate and the bindings of libjpeg-turbo are the only homes of `unsafe`.
 
+mod autocast;
 mod fingerprint;
 mod flat;
 mod gradient;
 mod runtime;
 mod sys;
 
+pub use autocast::autocast;
 pub use fingerprint::{Precision, fingerprint};
 pub use flat::{Element, FlatError, slice, slice_mut};
 pub use gradient::gradients_into;

@@ -8,6 +8,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 unsafe extern "C" {
     pub(crate) safe fn percheron_set_deterministic() -> *const c_char;
     pub(crate) fn percheron_is_deterministic(out: *mut c_int) -> *const c_char;
+    pub(crate) safe fn percheron_autocast(cuda: c_int, kind: c_int) -> *const c_char;
     pub(crate) fn percheron_cpu_capability(out: *mut c_char, capacity: usize) -> *const c_char;
     pub(crate) fn percheron_build_text(out: *mut c_char, capacity: usize) -> *const c_char;
     pub(crate) fn percheron_cuda_device(

@@ -143,6 +143,11 @@ impl Architecture {
     pub fn input_size(&self) -> i64 {
         self.input_size
     }
+
+    /// Channels of the features that enter the four stages, C1 to C4, and of those that leave the last, Cout.
+    pub fn channels(&self) -> [i64; 5] {
+        self.backbone.widths()
+    }
 }
 
 impl TryFrom<&ModelConfig> for Architecture {

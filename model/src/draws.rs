@@ -55,7 +55,8 @@ pub(crate) fn fnv1a64(text: &str) -> u64 {
 pub struct Draws {
     /// The run's seed.
     pub seed: u64,
-    /// The optimizer update, counted from 0 over the whole run.
+    /// The micro-batch of the virtual rank, counted from 0 over the whole run: the optimizer update, if each
+    /// takes one.
     pub step: u64,
     /// The micro-batch's place in the global batch.
     pub virtual_rank: u32,

@@ -35,6 +35,13 @@ impl Exits {
         Tensor::stack(&self.in_order(), 0)
     }
 
+    /// The same logits in another kind, within the graph: losses of short logits are taken in f32.
+    #[must_use]
+    pub fn to_kind(&self, kind: Kind) -> Exits {
+        let [early3, att, cnn, merge] = self.in_order().map(|logits| logits.to_kind(kind));
+        Exits { early3, att, cnn, merge }
+    }
+
     /// Samples whose largest logit is at their label, for each exit. `labels` is `[B]`, i64.
     ///
     /// # Panics

@@ -175,10 +175,23 @@ fn nearest_key(key: &str) -> Option<String> {
     all_keys(&Recipe { max_steps: Some(0), ..Recipe::default() })
         .into_iter()
         .map(|(known, _)| known)
-        .chain(["optimizer.clip_grad".to_owned(), "elastic.workers_max".to_owned()])
+        .chain(UNSET.map(str::to_owned))
         .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
         .filter(|known| likeness(known) > 0.8)
 }
+
+/// The keys that a recipe need not have.
+const UNSET: [&str; 9] = [
+    "optimizer.clip_grad",
+    "optimizer.weight_decay_end",
+    "schedule.warmup_steps",
+    "elastic.workers_max",
+    "model.depth_factor",
+    "model.num_sa_heads",
+    "model.num_latent_channels",
+    "model.drop_path",
+    "model.head_dropout",
+];
 
 /// Keys of two recipes whose values differ, as `key: this, other`.
 pub(crate) fn differing_keys(this: &Recipe, other: &Recipe) -> Vec<String> {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use layers::{BUILT_IN, RecipeError, built_in};
 pub use sections::{
-    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Schedule,
+    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Precision, Schedule,
 };
 
 /// A complete recipe. Every field has a default, so a recipe states what it changes.
@@ -32,10 +32,14 @@ pub struct Recipe {
     pub max_steps: Option<u64>,
     /// `V`: fixed places that the global batch is split into; the most workers the run can use.
     pub virtual_ranks: u32,
-    /// `B`: images a virtual rank. The global batch is `virtual_ranks * batch_size`.
+    /// `B`: images in a micro-batch. The global batch is `virtual_ranks * update_freq * batch_size`.
     pub batch_size: u32,
+    /// Micro-batches that each virtual rank makes for an optimizer update; their gradients are averaged.
+    pub update_freq: u32,
     /// Intra-op threads of a worker. Part of the fingerprint: other counts give other bits.
     pub threads: u32,
+    /// What forward and backward of a step compute in; evaluation is in f32.
+    pub precision: Precision,
     /// Whose BatchNorm running statistics the run keeps.
     pub bn_buffers: BnBuffers,
     /// Evaluate after every so many epochs, and always at the end; 0 for only at the end.
@@ -67,7 +71,9 @@ impl Default for Recipe {
             max_steps: None,
             virtual_ranks: 8,
             batch_size: 128,
+            update_freq: 1,
             threads: 1,
+            precision: Precision::F32,
             bn_buffers: BnBuffers::Rank0,
             evaluate_every_epochs: 1,
             data: Data::default(),
@@ -86,7 +92,8 @@ impl Recipe {
     /// Images in a global batch.
     #[must_use]
     pub fn global_batch(&self) -> u64 {
-        u64::from(self.virtual_ranks) * u64::from(self.batch_size)
+        let micro_batches = u64::from(self.virtual_ranks) * u64::from(self.update_freq);
+        micro_batches.saturating_mul(u64::from(self.batch_size))
     }
 
     /// Optimizer updates a pass over `samples` images; what is left over is dropped, as the
@@ -170,6 +177,8 @@ mod tests {
         let run = || RunId::try_from("toy".to_owned()).unwrap();
         let recipe = Recipe { epochs: 2, batch_size: 8, ..Recipe::default() };
         assert_eq!(recipe.plan(run(), 1437, 3).unwrap().steps_total, Step(44));
+        let twice = Recipe { update_freq: 2, ..recipe.clone() };
+        assert_eq!(twice.plan(run(), 1437, 3).unwrap().steps_total, Step(22));
         let short = Recipe { max_steps: Some(9), ..recipe };
         assert_eq!(short.plan(run(), 1437, 3).unwrap().steps_total, Step(9));
         let problems = short.plan(run(), 63, 9).unwrap_err().problems;

@@ -14,6 +14,18 @@ pub enum BnBuffers {
     Mean,
 }
 
+/// What forward and backward compute in. Parameters, moments, averages and sums are f32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// IEEE single throughout, as the published recipes.
+    F32,
+    /// Products and convolutions in brain float, the rest in single.
+    Bf16,
+    /// Products and convolutions in IEEE half, the rest in single. Needs loss scaling, and a GPU.
+    F16,
+}
+
 /// Where the images are and how they are shown.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -82,8 +94,9 @@ pub struct Model {
     pub classes: u32,
     /// Height and width of the input, in pixels.
     pub input_size: u32,
-    /// Self-attention layers of each stage, in units of 3, 3, 9 and 3.
-    pub depth_factor: [u32; 4],
+    /// Self-attention layers of each stage, in units of 3, 3, 9 and 3. None: the family's published ones,
+    /// RegNetY 1 1 1 2, ResNet 1 1 1 1, MobileNetV3 1 1 1 3.
+    pub depth_factor: Option<[u32; 4]>,
     /// Width of the self-attention MLPs, in token widths.
     pub sa_widening_factor: u32,
     /// Whether the image features read the latents once more after the last stage.
@@ -98,6 +111,17 @@ pub struct Model {
     pub with_isc: bool,
     /// Dropout inside the attention blocks.
     pub dropout: f64,
+    /// Whether the latents read a 7×7 summary of the features. Nothing else is possible, here and in the
+    /// reference (SPEC of the reference, section 17, Q1).
+    pub spatial_reduction: bool,
+    /// Attention heads of the four latent stages. None: 1, 2, 4, 8. They must divide the channels there.
+    pub num_sa_heads: Option<[u32; 4]>,
+    /// Channels of the latents of stage 1. None: those of the features there, and nothing else is possible.
+    pub num_latent_channels: Option<u32>,
+    /// Drop-path rate of the last residual block; it grows evenly from 0 at the first. ResNet only. None: 0.2.
+    pub drop_path: Option<f64>,
+    /// Dropout before the last layer of the classifiers of the features. ResNet and MobileNetV3 only. None: 0.2.
+    pub head_dropout: Option<f64>,
 }
 
 impl Default for Model {
@@ -106,7 +130,7 @@ impl Default for Model {
             name: "reg800m_perceiver_t128".to_owned(),
             classes: 1000,
             input_size: 224,
-            depth_factor: [1, 1, 1, 2],
+            depth_factor: None,
             sa_widening_factor: 4,
             with_last_ca: true,
             with_x2z: true,
@@ -114,6 +138,11 @@ impl Default for Model {
             with_dwc: true,
             with_isc: true,
             dropout: 0.0,
+            spatial_reduction: true,
+            num_sa_heads: None,
+            num_latent_channels: None,
+            drop_path: None,
+            head_dropout: None,
         }
     }
 }
@@ -158,6 +187,8 @@ impl Default for Loss {
 pub struct Optimizer {
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// Where a cosine over the whole run leads the weight decay. None: it stays.
+    pub weight_decay_end: Option<f64>,
     /// Decay rates of the two moments.
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
@@ -168,7 +199,13 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self { weight_decay: 0.05, betas: [0.9, 0.999], eps: 1e-8, clip_grad: None }
+        Self {
+            weight_decay: 0.05,
+            weight_decay_end: None,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            clip_grad: None,
+        }
     }
 }
 
@@ -182,11 +219,13 @@ pub struct Schedule {
     pub min_lr: f64,
     /// Epochs of linear warm-up from 0.
     pub warmup_epochs: u64,
+    /// Steps of warm-up, instead of the epochs. None: `warmup_epochs`.
+    pub warmup_steps: Option<u64>,
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { lr: 1e-3, min_lr: 1e-6, warmup_epochs: 20 }
+        Self { lr: 1e-3, min_lr: 1e-6, warmup_epochs: 20, warmup_steps: None }
     }
 }
 

@@ -9,12 +9,12 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use cluster::{Step, VirtualRank};
+use cluster::{Epoch, Step, VirtualRank};
 use shards::{Batch, BatchPlan, Loader, Normalize};
 
 use crate::setup::Setup;
 
-/// Images and labels of one virtual rank in one step.
+/// Images and labels of one virtual rank for one forward.
 #[derive(Debug, Default)]
 pub(crate) struct MicroBatch {
     /// Normalised pixels, `[B, 3, S, S]`.
@@ -25,7 +25,8 @@ pub(crate) struct MicroBatch {
     pub(crate) size: usize,
 }
 
-/// The micro-batches of a block of virtual ranks from a step on, in the order they are trained on.
+/// The micro-batches of a block of virtual ranks from a step on, in the order they are trained on: of each
+/// virtual rank all of the step.
 ///
 /// Dropping it ends its thread.
 #[derive(Debug)]
@@ -43,6 +44,9 @@ struct Work {
     plan: BatchPlan,
     block: Range<u32>,
     steps: Range<u64>,
+    steps_per_epoch: u64,
+    /// Micro-batches of a virtual rank a step.
+    update_freq: u32,
 }
 
 impl Feed {
@@ -58,6 +62,8 @@ impl Feed {
             plan: setup.batches,
             block,
             steps: from.0..setup.plan.steps_total.0,
+            steps_per_epoch: setup.plan.steps_per_epoch,
+            update_freq: setup.recipe.update_freq,
         };
         let (sender, batches) = mpsc::sync_channel(setup.recipe.data.prefetch as usize);
         let (spent, returned) = mpsc::channel();
@@ -93,9 +99,11 @@ impl Work {
     ) {
         let mut pixels = Batch::new();
         for step in self.steps.clone() {
-            for rank in self.block.clone() {
+            let places = 0..self.update_freq;
+            let of_rank = |rank| places.clone().map(move |place| (VirtualRank(rank), place));
+            for (rank, place) in self.block.clone().flat_map(of_rank) {
                 let reused = returned.try_recv().unwrap_or_default();
-                let batch = self.micro_batch(Step(step), VirtualRank(rank), &mut pixels, reused);
+                let batch = self.micro_batch(Step(step), place, rank, &mut pixels, reused);
                 let failed = batch.is_err();
                 if sender.send(batch).is_err() || failed {
                     return; // Nobody wants more, or there is no more.
@@ -107,12 +115,15 @@ impl Work {
     fn micro_batch(
         &mut self,
         step: Step,
+        place: u32,
         rank: VirtualRank,
         pixels: &mut Batch,
         mut batch: MicroBatch,
     ) -> Result<MicroBatch, shards::LoadError> {
-        let (epoch, step_in_epoch) = self.plan.position(step);
-        let ids: Vec<u64> = self.plan.micro_batch(epoch, step_in_epoch, rank).collect();
+        let epoch = Epoch(step.0 / self.steps_per_epoch);
+        let step_in_epoch = step.0 % self.steps_per_epoch;
+        let in_epoch = step_in_epoch * u64::from(self.update_freq) + u64::from(place);
+        let ids: Vec<u64> = self.plan.micro_batch(epoch, in_epoch, rank).collect();
         self.loader.load(&ids, epoch, pixels)?;
         self.normalize.nchw(pixels, &mut batch.images);
         batch.labels.clone_from(&pixels.labels);

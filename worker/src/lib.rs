@@ -19,6 +19,8 @@
 pub mod agent;
 pub mod progress;
 pub mod setup;
+pub mod tool;
 pub mod train;
+pub mod weights;
 
 mod feed;

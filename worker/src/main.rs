@@ -6,16 +6,28 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::{Args, Parser};
 use cluster::{Exit, Fingerprint, RunId};
 use libtorch::Precision;
 use tracing_subscriber::EnvFilter;
-use worker::agent::{self, Options};
+use worker::{
+    agent::{self, Options},
+    tool::Tool,
+};
 
-/// One training process of a Percheron run.
+/// One training process of a Percheron run, and the tools that need its network.
 #[derive(Debug, Parser)]
-#[command(name = "percheron-worker", version)]
+#[command(name = "percheron-worker", version, args_conflicts_with_subcommands = true)]
+#[command(arg_required_else_help = true)]
 struct Arguments {
+    #[command(flatten)]
+    training: Option<Training>,
+    #[command(subcommand)]
+    tool: Option<Tool>,
+}
+
+#[derive(Debug, Args)]
+struct Training {
     /// The coordinator, http://HOST:PORT.
     #[arg(long)]
     coordinator: String,
@@ -41,11 +53,16 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter =
-        EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = if arguments.tool.is_some() { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let format = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
     format.with_writer(std::io::stderr).init();
-    match work(arguments) {
+    let ended = match (arguments.tool, arguments.training) {
+        (Some(tool), _) => work_with(tool).map(|()| Exit::Finished),
+        (None, Some(training)) => train(training),
+        (None, None) => Err(anyhow::anyhow!("nothing to do: see --help")),
+    };
+    match ended {
         Ok(Exit::Finished | Exit::Released) => ExitCode::SUCCESS,
         Ok(Exit::Refused(reason)) => ends_with(2, &reason),
         Ok(Exit::Failed(reason)) => ends_with(1, &reason),
@@ -59,7 +76,14 @@ fn ends_with(code: u8, reason: &str) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn work(arguments: Arguments) -> Result<Exit> {
+/// A tool: one thread, and no run.
+fn work_with(tool: Tool) -> Result<()> {
+    libtorch::init(1)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start the runtime")?.block_on(tool.run())
+}
+
+fn train(arguments: Training) -> Result<Exit> {
     let run = RunId::try_from(arguments.run).context("--run")?;
     // Before any other thread: libtorch's settings hold for those that come later.
     libtorch::init(arguments.threads as usize).context("--threads")?;

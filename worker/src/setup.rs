@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use cluster::{RunConfig, RunId};
 use model::{AdamWConfig, Architecture, LossConfig, ModelConfig, Schedule, ScheduleConfig};
-use recipe::{Crop, Recipe};
+use recipe::{Crop, Precision, Recipe};
 use shards::{Augment, BatchPlan, Dataset, Transform};
+use tch::Kind;
 
 /// All that follows from the recipe and the dataset. The same on every worker of a run.
 #[derive(Debug)]
@@ -16,13 +17,16 @@ pub struct Setup {
     pub plan: RunConfig,
     /// The network.
     pub architecture: Architecture,
+    /// What products and convolutions of a step compute in.
+    pub precision: Kind,
     /// The loss of the exits.
     pub loss: LossConfig,
     /// The optimizer's constants.
     pub optimizer: AdamWConfig,
     /// Learning rate and weight decay.
     pub schedule: Schedule,
-    /// Which samples a step takes.
+    /// Which samples a micro-batch takes. A step of this plan is one micro-batch of every virtual rank:
+    /// `update_freq` of them make an optimizer update.
     pub batches: BatchPlan,
     /// The split that is trained on.
     pub training: Split,
@@ -88,6 +92,7 @@ impl Setup {
         let in_section =
             |section: &'static str| move |problem: String| SetupError::Section { section, problem };
         let architecture = architecture(&recipe)?;
+        let precision = short_kind(recipe.precision).map_err(in_section("(top level)"))?;
         let augment = augment(&recipe);
         let transforms = Transform::training(&augment, recipe.model.input_size, recipe.seed)
             .and_then(|train| {
@@ -105,13 +110,14 @@ impl Setup {
         let plan = recipe
             .plan(run, samples, 1)
             .map_err(|error| in_section("(top level)")(error.problems.join("; ")))?;
-        let schedule = Schedule::new(&schedule_config(&recipe), batches.steps_per_epoch())
+        let schedule = Schedule::new(&schedule_config(&recipe), plan.steps_per_epoch)
             .map_err(|error| in_section("[schedule]")(error.to_string()))?;
         let (loss, optimizer) = (loss_config(&recipe), adamw(&recipe));
         Ok(Self {
             recipe,
             plan,
             architecture,
+            precision,
             loss,
             optimizer,
             schedule,
@@ -122,9 +128,34 @@ impl Setup {
     }
 }
 
-fn architecture(recipe: &Recipe) -> Result<Architecture, SetupError> {
+/// The recipe's network.
+///
+/// # Errors
+/// [`SetupError`] names the fields of `[model]` that do not fit.
+pub fn architecture(recipe: &Recipe) -> Result<Architecture, SetupError> {
     Architecture::try_from(&model_config(recipe))
         .map_err(|error| SetupError::Section { section: "[model]", problem: error.to_string() })
+}
+
+/// Images in the recipe's training split.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn training_samples(recipe: &Recipe) -> Result<u64, shards::OpenError> {
+    Ok(Dataset::open(&recipe.data.location, &recipe.data.train)?.len())
+}
+
+/// The kind of a precision, where it can be trained in: this worker has no GPU.
+fn short_kind(precision: Precision) -> Result<Kind, String> {
+    match precision {
+        Precision::F32 => Ok(Kind::Float),
+        Precision::Bf16 => Ok(Kind::BFloat16),
+        Precision::F16 => {
+            Err("precision = f16 needs a GPU, and this worker has the CPU only: choose \
+                               bf16 or f32"
+                .to_owned())
+        }
+    }
 }
 
 fn split(
@@ -152,7 +183,7 @@ fn model_config(recipe: &Recipe) -> ModelConfig {
         name: m.name.clone(),
         classes: m.classes.into(),
         input_size: m.input_size.into(),
-        depth_factor: Some(m.depth_factor.map(|factor| factor as usize)),
+        depth_factor: m.depth_factor.map(|factors| factors.map(|factor| factor as usize)),
         sa_widening_factor: m.sa_widening_factor.into(),
         with_last_ca: m.with_last_ca,
         with_x2z: m.with_x2z,
@@ -160,7 +191,11 @@ fn model_config(recipe: &Recipe) -> ModelConfig {
         with_dwc: m.with_dwc,
         with_isc: m.with_isc,
         dropout: m.dropout,
-        ..ModelConfig::published(&m.name)
+        spatial_reduction: m.spatial_reduction,
+        num_sa_heads: m.num_sa_heads.map(|heads| heads.map(i64::from)),
+        num_latent_channels: m.num_latent_channels.map(i64::from),
+        drop_path: m.drop_path,
+        head_dropout: m.head_dropout,
     }
 }
 
@@ -177,7 +212,9 @@ fn loss_config(recipe: &Recipe) -> LossConfig {
     }
 }
 
-fn adamw(recipe: &Recipe) -> AdamWConfig {
+/// The recipe's optimizer.
+#[must_use]
+pub fn adamw(recipe: &Recipe) -> AdamWConfig {
     let [beta1, beta2] = recipe.optimizer.betas;
     AdamWConfig { beta1, beta2, epsilon: recipe.optimizer.eps }
 }
@@ -188,9 +225,9 @@ fn schedule_config(recipe: &Recipe) -> ScheduleConfig {
         lr: recipe.schedule.lr,
         min_lr: recipe.schedule.min_lr,
         warmup_epochs: recipe.schedule.warmup_epochs,
-        warmup_steps: None,
+        warmup_steps: recipe.schedule.warmup_steps,
         weight_decay: recipe.optimizer.weight_decay,
-        weight_decay_end: None,
+        weight_decay_end: recipe.optimizer.weight_decay_end,
     }
 }
 
@@ -242,6 +279,7 @@ mod tests {
         assert!(problem("classes = 9").contains("model.classes = 9"), "{}", problem("classes = 9"));
         let missing = problem("validation = \"test\"");
         assert!(missing.contains("data.validation = \"test\""), "{missing}");
+        assert!(problem("precision = \"f16\"").contains("precision = f16 needs a GPU"));
         let unknown = problem("dropout = 2.0");
         assert!(unknown.contains("dropout"), "{unknown}");
     }

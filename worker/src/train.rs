@@ -2,7 +2,7 @@
 //!
 //! It obeys between two virtual ranks and waits for nobody but its peers.
 
-mod checkpoints;
+pub(crate) mod checkpoints;
 mod eval;
 mod forming;
 mod state;
@@ -247,7 +247,12 @@ impl Trainer {
             MeshListener::on(self.socket.try_clone()?, config)
         };
         let listener = listen().map_err(|error| format!("cannot listen for peers: {error}"))?;
-        let state = TrainState::empty(&setup.architecture, setup.optimizer, tch::Device::Cpu);
+        let state = TrainState::empty(
+            &setup.architecture,
+            setup.optimizer,
+            setup.recipe.update_freq,
+            tch::Device::Cpu,
+        );
         let part_bytes = u64::from(setup.recipe.checkpoint.part_mib) << 20;
         let layout = state
             .checkpoint_layout(part_bytes)

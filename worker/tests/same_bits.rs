@@ -42,8 +42,12 @@ fn run() -> RunId {
 }
 
 fn start(runtime: &tokio::runtime::Runtime, checkpoints: &Path) -> Worker {
+    start_with(&RECIPE, runtime, checkpoints)
+}
+
+fn start_with(sets: &[&str], runtime: &tokio::runtime::Runtime, checkpoints: &Path) -> Worker {
     libtorch::init(1).unwrap();
-    let sets = RECIPE.map(str::to_owned);
+    let sets: Vec<_> = sets.iter().map(|&set| set.to_owned()).collect();
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap();
     let (told_sender, told) = tokio::sync::mpsc::unbounded_channel();
@@ -86,6 +90,19 @@ impl Worker {
         })
     }
 
+    /// Waits for the last state, of one worker alone; returns its bytes.
+    fn state(&mut self) -> Vec<u8> {
+        loop {
+            match self.told.blocking_recv().expect("the training thread lives") {
+                Told::Notice(Notice::Failed { reason }) => panic!("{reason}"),
+                Told::Notice(_) => {}
+                Told::Share { share, .. } => {
+                    return share.parts.into_iter().flat_map(|(_, bytes)| bytes).collect();
+                }
+            }
+        }
+    }
+
     /// Waits until the generation is formed; returns the step it starts from.
     fn formed(&mut self, number: u64) -> u64 {
         self.wait(|notice| {
@@ -109,8 +126,12 @@ impl Worker {
 
 /// Forms a generation of `workers`; returns what steers each.
 fn form(generation: u64, workers: &[&Worker]) -> Vec<Arc<Orders>> {
+    form_over(4, generation, workers)
+}
+
+fn form_over(virtual_ranks: u32, generation: u64, workers: &[&Worker]) -> Vec<Arc<Orders>> {
     let count = u32::try_from(workers.len()).unwrap();
-    let members = (0..).zip(workers).zip(balanced_blocks(4, count));
+    let members = (0..).zip(workers).zip(balanced_blocks(virtual_ranks, count));
     let members = members.map(|((id, worker), block)| Member {
         worker: WorkerId(id),
         name: format!("worker-{id}"),
@@ -180,4 +201,68 @@ fn every_number_of_workers_and_every_interruption_ends_in_one_state() {
     assert_eq!(states.len(), 1, "after a planned change");
     first.end();
     second.end();
+}
+
+/// Runs `sets` on `count` workers; returns the digest of the final state.
+fn digest_of(runtime: &tokio::runtime::Runtime, sets: &[&str], ranks: u32, count: u32) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let mut workers: Vec<Worker> =
+        (0..count).map(|_| start_with(sets, runtime, folder.path())).collect();
+    form_over(ranks, 1, &workers.iter().collect::<Vec<_>>());
+    let digests: BTreeSet<String> = workers.iter_mut().map(Worker::sha256).collect();
+    workers.into_iter().for_each(Worker::end);
+    assert_eq!(digests.len(), 1, "the workers differ");
+    digests.into_iter().next().unwrap()
+}
+
+#[test]
+fn several_micro_batches_an_update_end_in_one_state_for_every_number_of_workers() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let sets = [&RECIPE[..], &["virtual_ranks=3", "update_freq=2"]].concat();
+    let digests: BTreeSet<String> =
+        (1..=3).map(|count| digest_of(&runtime, &sets, 3, count)).collect();
+    assert_eq!(digests.len(), 1, "1, 2 and 3 workers");
+}
+
+#[test]
+fn two_micro_batches_of_one_virtual_rank_are_one_of_two_but_for_running_statistics() {
+    // The same samples in the same order, half of each loss, two gradients added: without dropout, whose
+    // draws differ, the updates are equal to the bit. Running statistics go through both micro-batches.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let state = |ranks: u32, update_freq: u32| {
+        let (ranks_set, freq_set) =
+            (format!("virtual_ranks={ranks}"), format!("update_freq={update_freq}"));
+        let more = ["model.dropout=0.0", "bn_buffers=rank0", "max_steps=2", &ranks_set, &freq_set];
+        let sets = [&RECIPE[..], &more].concat();
+        let mut worker = start_with(&sets, &runtime, folder.path());
+        form_over(ranks, 1, &[&worker]);
+        let state = worker.state();
+        worker.end();
+        state
+    };
+    let (accumulated, summed) = (state(1, 2), state(2, 1));
+
+    let recipe = recipe::built_in("digits", &[]).unwrap();
+    let layout = model::Layout::of(&worker::setup::architecture(&recipe).unwrap());
+    // params, exp_avg, exp_avg_sq, ema_params; then ema_buffers, buffers, two counters.
+    let learned = 4 * layout.param_len() * size_of::<f32>();
+    let (buffers, counters) = (2 * layout.buffer_len() * size_of::<f32>(), 2 * size_of::<u64>());
+    assert_eq!(accumulated.len(), learned + buffers + counters);
+    assert!(accumulated[..learned] == summed[..learned], "the updates differ");
+    assert!(accumulated[learned..] != summed[learned..], "the running statistics do not");
+    assert_eq!(accumulated[accumulated.len() - 16..][..8], 2_u64.to_le_bytes(), "2 updates");
+}
+
+#[test]
+fn bf16_steps_end_in_one_state_that_is_not_that_of_f32() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let small = ["virtual_ranks=2", "model.dropout=0.0"];
+    let digest = |precision: &str, count: u32| {
+        let sets = [&RECIPE[..], &small, &[precision]].concat();
+        digest_of(&runtime, &sets, 2, count)
+    };
+    let short = digest("precision=bf16", 1);
+    assert_eq!(short, digest("precision=bf16", 2), "1 and 2 workers");
+    assert_ne!(short, digest("precision=f32", 1));
 }

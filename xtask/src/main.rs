@@ -18,6 +18,7 @@ mod process;
 mod setup;
 mod test;
 mod tidy;
+mod torch_files;
 mod webdataset;
 mod workspace;
 
@@ -49,6 +50,8 @@ enum Task {
     Tidy,
     /// Read the built-in shards with the Python library webdataset.
     Webdataset(webdataset::Options),
+    /// Read exported weights with PyTorch, and import what it saves.
+    TorchFiles(torch_files::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -76,6 +79,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Parity(options) => parity::run(&workspace, options),
         Task::Tidy => tidy::run(&workspace),
         Task::Webdataset(options) => webdataset::run(&workspace, options),
+        Task::TorchFiles(options) => torch_files::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }

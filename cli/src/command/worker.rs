@@ -1,4 +1,4 @@
-//! `percheron worker`: hands over to `percheron-worker`, which links libtorch.
+//! What `percheron-worker`, which links libtorch, does under the name of `percheron`.
 
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 
@@ -9,13 +9,25 @@ use crate::up::worker_program;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// Passed on as they are; `percheron worker --help` shows what there is.
+    /// Passed on as they are; --help shows what there is.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
     arguments: Vec<OsString>,
 }
 
+/// `percheron worker`: a worker of a run.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
+    hand_over(None, "percheron worker", arguments)
+}
+
+/// `percheron TOOL`: what needs the network but no run.
+pub(crate) fn run_tool(tool: &str, arguments: Arguments) -> Result<ExitCode> {
+    hand_over(Some(tool), "percheron", arguments)
+}
+
+/// Becomes `percheron-worker`, which calls itself `name` in its help.
+fn hand_over(tool: Option<&str>, name: &str, arguments: Arguments) -> Result<ExitCode> {
     let program = worker_program()?;
-    let error = std::process::Command::new(&program).args(arguments.arguments).exec();
+    let mut command = std::process::Command::new(&program);
+    let error = command.arg0(name).args(tool).args(arguments.arguments).exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

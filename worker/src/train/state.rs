@@ -9,7 +9,8 @@
 //!   counters                      [2] u64   updates applied; the average's `num_batches_tracked`
 //! ```
 //!
-//! All numbers are little-endian. The live `num_batches_tracked` is the number of updates.
+//! All numbers are little-endian. The live `num_batches_tracked` is the number of a virtual rank's forwards:
+//! of updates, times the micro-batches of each.
 
 use std::sync::Arc;
 
@@ -35,6 +36,8 @@ pub struct TrainState {
     ema: Ema,
     /// Updates applied, and the average's count of batches.
     counters: [u64; 2],
+    /// Forwards of a virtual rank an update.
+    update_freq: u32,
     /// Whether the sections are the state after `counters[0]` updates, and not torn or empty.
     intact: bool,
     network: Network,
@@ -42,16 +45,22 @@ pub struct TrainState {
 }
 
 impl TrainState {
-    /// Memory for a state, and no state yet.
+    /// Memory for a state, and no state yet. Each virtual rank makes `update_freq` forwards an update.
     #[must_use]
-    pub fn empty(architecture: &Architecture, optimizer: AdamWConfig, device: Device) -> Self {
+    pub fn empty(
+        architecture: &Architecture,
+        optimizer: AdamWConfig,
+        update_freq: u32,
+        device: Device,
+    ) -> Self {
         let layout = Arc::new(Layout::of(architecture));
         let live = Weights::zeros(Arc::clone(&layout), Kind::Float, device);
         let ema = Ema::new(&live);
         let network = Network::new(architecture, &live);
         let averaged = Network::new(architecture, ema.weights());
         let optimizer = AdamW::new(optimizer, &layout, live.params());
-        Self { live, optimizer, ema, counters: [0; 2], intact: false, network, averaged }
+        let (counters, intact) = ([0; 2], false);
+        Self { live, optimizer, ema, counters, update_freq, intact, network, averaged }
     }
 
     /// The initial state of a run.
@@ -74,6 +83,13 @@ impl TrainState {
     #[must_use]
     pub fn step(&self) -> Option<Step> {
         self.intact.then_some(Step(self.counters[0]))
+    }
+
+    /// `num_batches_tracked` of the weights and of their average.
+    #[must_use]
+    pub fn batches(&self) -> [u64; 2] {
+        let [updates, averaged] = self.counters;
+        [updates * u64::from(self.update_freq), averaged]
     }
 
     /// The network of the weights.
@@ -118,9 +134,9 @@ impl TrainState {
         self.optimizer.step(self.live.params_mut(), gradients, update);
         self.buffers_mut().copy_from_slice(buffers);
         self.ema.update(&self.live, decay);
-        let [batches, averaged] = self.counters.map(u64::cast_signed);
-        let averaged = average_counter(averaged, batches + 1, decay);
-        self.counters = [update.step + 1, averaged.cast_unsigned()];
+        self.counters[0] = update.step + 1;
+        let [batches, averaged] = self.batches().map(u64::cast_signed);
+        self.counters[1] = average_counter(averaged, batches, decay).cast_unsigned();
         self.intact = true;
     }
 

@@ -72,22 +72,17 @@ impl Stepper {
     pub(crate) fn train_step(
         &mut self,
         state: &mut TrainState,
-        around: Surroundings<'_>,
+        mut around: Surroundings<'_>,
     ) -> Result<Taken, Interrupted> {
-        let Surroundings { setup, orders, progress, feed, peers } = around;
         let step = state.step().expect("only a state that was agreed on is trained");
         self.start.copy_from_slice(state.buffers());
         self.sum.reset();
         for rank in self.sum.block().map(VirtualRank) {
-            orders.check()?;
-            progress.enter(StepPhase::Load);
-            let batch = feed.next()?;
-            progress.enter(StepPhase::Compute);
-            let result = self.contribute(state, setup, step, rank, &batch, orders);
+            let result = self.contribute(state, &mut around, step, rank);
             state.buffers_mut().copy_from_slice(&self.start);
             result?;
-            feed.give_back(batch);
         }
+        let Surroundings { setup, progress, peers, .. } = around;
         progress.enter(StepPhase::Reduce);
         let sum = self.sum.finish(peers)?;
         progress.enter(StepPhase::Update);
@@ -115,25 +110,36 @@ impl Stepper {
         Ok(Taken { metrics: metrics(setup, loss, norm, &update), leave: figures[1] > 0.0 })
     }
 
-    /// Forward and backward of one virtual rank, into the sum.
+    /// Forward and backward of a virtual rank's micro-batches, one after the other on the running statistics
+    /// that the one before left, into the sum: the mean of their gradients and losses.
     fn contribute(
         &mut self,
         state: &TrainState,
-        setup: &Setup,
+        around: &mut Surroundings<'_>,
         step: Step,
         rank: VirtualRank,
-        batch: &MicroBatch,
-        orders: &Orders,
     ) -> Result<(), Interrupted> {
-        let (images, labels) = tensors(batch); // [B, 3, S, S], [B]
-        let draws = Draws { seed: setup.recipe.seed, step: step.0, virtual_rank: rank.0 };
-        let exits = state.network().forward_train(&images, &draws);
-        let losses = multi_exit(&exits, Targets::Labels(&labels), &setup.loss);
-        orders.check()?; // The backward pass takes longer than all before it.
-        state.network().gradients(&losses.total, &mut self.gradients)?;
-
-        let (gradients, buffers, figures) = parts_mut(self.sum.leaf(), state);
-        gradients.copy_from_slice(libtorch::slice(&self.gradients).expect("it is f32 on the host"));
+        let Surroundings { setup, orders, progress, feed, .. } = around;
+        let update_freq = setup.recipe.update_freq;
+        let mut loss = 0.0;
+        for place in 0..update_freq {
+            orders.check()?;
+            progress.enter(StepPhase::Load);
+            let batch = feed.next()?;
+            progress.enter(StepPhase::Compute);
+            let number = step.0 * u64::from(update_freq) + u64::from(place);
+            let draws = Draws { seed: setup.recipe.seed, step: number, virtual_rank: rank.0 };
+            loss += self.pass(state, setup, &draws, &batch, orders)? / f64::from(update_freq);
+            let (gradients, _, _) = parts_mut(self.sum.leaf(), state);
+            let made = libtorch::slice(&self.gradients).expect("it is f32 on the host");
+            if place == 0 {
+                gradients.copy_from_slice(made);
+            } else {
+                gradients.iter_mut().zip(made).for_each(|(sum, made)| *sum += made);
+            }
+            feed.give_back(batch);
+        }
+        let (_, buffers, figures) = parts_mut(self.sum.leaf(), state);
         let weight = match (setup.recipe.bn_buffers, rank) {
             (BnBuffers::Mean, _) => 1.0 / setup.recipe.virtual_ranks as f32,
             (BnBuffers::Rank0, VirtualRank(0)) => 1.0,
@@ -143,10 +149,30 @@ impl Stepper {
             *kept = moved * weight;
         }
         let asks_to_leave = rank == VirtualRank(0) && orders.is_leaving();
-        let loss = losses.total.double_value(&[]);
         figures.copy_from_slice(&[as_f32(loss), f32::from(u8::from(asks_to_leave))]);
         self.sum.push();
         Ok(())
+    }
+
+    /// Forward and backward of one micro-batch: its part of the virtual rank's gradients into `gradients`,
+    /// over what was there. Returns its loss.
+    fn pass(
+        &mut self,
+        state: &TrainState,
+        setup: &Setup,
+        draws: &Draws,
+        batch: &MicroBatch,
+        orders: &Orders,
+    ) -> Result<f64, Interrupted> {
+        let (images, labels) = tensors(batch); // [B, 3, S, S], [B]
+        let forward = || state.network().forward_train(&images, draws);
+        let exits = libtorch::autocast(images.device(), setup.precision, forward)?;
+        let exits = exits.to_kind(Kind::Float); // Losses, KD included, are f32.
+        let losses = multi_exit(&exits, Targets::Labels(&labels), &setup.loss);
+        orders.check()?; // The backward pass takes longer than all before it.
+        let share = &losses.total / f64::from(setup.recipe.update_freq);
+        state.network().gradients(&share, &mut self.gradients)?;
+        Ok(losses.total.double_value(&[]))
     }
 }
 

@@ -1,0 +1,85 @@
+//! What `percheron-worker` does beside training, for the commands of `percheron` that need the network.
+
+mod export;
+mod import;
+mod models;
+mod options;
+mod tensor_file;
+
+use std::{io::Write as _, path::Path};
+
+use anyhow::{Context as _, Result};
+use checkpoint::{Checkpoint, Manifest, Store};
+use clap::Subcommand;
+use cluster::Step;
+use recipe::Recipe;
+
+use crate::{
+    setup::{adamw, architecture},
+    train::{TrainState, checkpoints},
+};
+
+/// A task.
+#[derive(Debug, Subcommand)]
+pub enum Tool {
+    /// Make a checkpoint of a file of weights: an official .pth, or .safetensors.
+    Import(import::Arguments),
+    /// Write the weights of a checkpoint as .pth or .safetensors.
+    Export(export::Arguments),
+    /// List the registered models, or show one.
+    #[command(subcommand)]
+    Model(models::Command),
+}
+
+impl Tool {
+    /// Carries it out.
+    ///
+    /// # Errors
+    /// What is wrong, with the file and what to do.
+    pub async fn run(self) -> Result<()> {
+        match self {
+            Self::Import(arguments) => import::run(arguments).await,
+            Self::Export(arguments) => export::run(arguments).await,
+            Self::Model(command) => models::run(&command),
+        }
+    }
+}
+
+/// A line on the standard output, for people and scripts.
+fn say(line: &str) {
+    writeln!(std::io::stdout().lock(), "{line}").ok(); // The reader may be gone.
+}
+
+/// Memory for the state of a recipe's network.
+fn empty_state(recipe: &Recipe) -> Result<TrainState> {
+    let architecture = architecture(recipe)?;
+    let device = tch::Device::Cpu;
+    Ok(TrainState::empty(&architecture, adamw(recipe), recipe.update_freq, device))
+}
+
+/// A checkpoint in memory.
+struct Checkpointed {
+    manifest: Manifest,
+    recipe: Recipe,
+    state: TrainState,
+}
+
+/// Reads the newest checkpoint below a folder, or that of `step`.
+async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<Checkpointed> {
+    let location = folder.to_str().context("--checkpoint: the path is not UTF-8")?;
+    let store = Store::open(location).context("--checkpoint")?;
+    let step = match step {
+        Some(step) => step,
+        None => {
+            let newest = checkpoint::committed_steps(&store).await?.into_iter().max();
+            newest.with_context(|| format!("--checkpoint {location}: there is none in it"))?
+        }
+    };
+    let manifest = Checkpoint::open(&store, step).await?.manifest().clone();
+    let origin = format!("of the checkpoint of step {step}");
+    let recipe = Recipe::from_toml(&origin, &manifest.recipe, &[])?;
+    let mut state = empty_state(&recipe)?;
+    let layout = state.checkpoint_layout(manifest.part_bytes)?;
+    checkpoints::restore(location, step, &mut state, &layout).await?;
+    Ok(Checkpointed { manifest, recipe, state })
+}
