@@ -49,14 +49,15 @@ impl Batch {
         self.labels.is_empty()
     }
 
-    /// Makes room for `count` images of side `size`, whose pixels and labels are then to be written.
-    pub(crate) fn prepare(&mut self, count: usize, size: usize) {
+    /// Makes room for `count` images of side `size`, whose pixels and labels are then to be written, and
+    /// each of which loses at most `erasures_max` boxes.
+    pub(crate) fn prepare(&mut self, count: usize, size: usize, erasures_max: usize) {
         self.size = size;
         self.images.resize(count * size * size * CHANNELS, 0);
         self.labels.resize(count, 0);
         self.skipped.clear();
         self.erasures.clear();
-        self.erasures.reserve(count); // Each image loses at most one box.
+        self.erasures.reserve(count * erasures_max);
     }
 }
 

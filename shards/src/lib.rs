@@ -33,6 +33,7 @@ pub mod index;
 pub mod jpeg;
 mod loader;
 pub mod manifest;
+pub mod measure;
 pub mod mixing;
 pub mod operation;
 pub mod pack;

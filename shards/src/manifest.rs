@@ -57,7 +57,7 @@ pub struct Provenance {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// JPEG files are kept byte for byte. PNG files become JPEG of quality 100 without chroma
+    /// JPEG files are kept byte for byte. PNG files and raw pixels become JPEG of quality 100 without chroma
     /// subsampling (4:4:4; grey stays grey), which is close to the source but not lossless.
     KeepJpegConvertPngQuality100,
     /// The archives are somebody else's and were indexed where they lie.

@@ -328,3 +328,93 @@ fn another_source_or_a_lost_shard_starts_anew() {
     assert_eq!(first(&place), Some(1));
     verify(&out, "train", &mut |_| ()).unwrap();
 }
+
+#[test]
+fn an_image_folder_in_a_tar_is_packed() {
+    let place = Place::new();
+    let folder = tar(&[
+        ("train/oak/1.jpg", &photo(1)),
+        ("train/ash/2.jpg", &photo(2)),
+        ("train/oak/3.jpg", &photo(3)),
+    ]);
+    place.add("train.tar", &folder);
+    let expected = expected(&[(1, "oak"), (2, "ash"), (3, "oak")]);
+    assert_eq!(place.packed(&place.source().join("train.tar")), expected);
+    let flat = Place::new();
+    flat.add("train.tar", &tar(&[("1.jpg", &photo(1))]));
+    let error = flat.pack(&flat.source().join("train.tar")).unwrap_err().to_string();
+    assert!(error.contains("neither .cls files nor class folders"), "{error}");
+}
+
+/// Class name, pixels and label of each packed image.
+fn packed_pixels(place: &Place, source: &Path) -> Vec<(String, Vec<u8>, u32)> {
+    place.pack(source).unwrap();
+    verify(&place.out("out"), "train", &mut |_| ()).unwrap();
+    let dataset = Dataset::open(&place.out("out"), "train").unwrap();
+    let mut decoder = shards::decode::Decoder::new();
+    (0..dataset.len())
+        .map(|id| {
+            let sample = dataset.read(id).unwrap();
+            let view = decoder.decode(&sample.image).unwrap();
+            let pixels = (0..view.height()).flat_map(|y| view.row(y).to_vec()).collect();
+            (dataset.classes()[sample.label as usize].clone(), pixels, sample.label)
+        })
+        .collect()
+}
+
+fn idx(dimensions: &[u32], bytes: &[u8]) -> Vec<u8> {
+    let magic = 0x0800 | u32::try_from(dimensions.len()).unwrap();
+    let words = std::iter::once(&magic).chain(dimensions);
+    words.flat_map(|word| word.to_be_bytes()).chain(bytes.iter().copied()).collect()
+}
+
+#[test]
+fn mnists_files_are_packed() {
+    let place = Place::new();
+    let images: Vec<u8> =
+        [40_u8, 90, 200].into_iter().flat_map(|grey| vec![grey; 28 * 28]).collect();
+    place.add("t10k-images-idx3-ubyte", &idx(&[3, 28, 28], &images));
+    place.add("t10k-labels-idx1-ubyte", &idx(&[3], &[7, 0, 2]));
+    let source = place.source().join("t10k-images-idx3-ubyte");
+    let mut found: Vec<(u32, u8)> = packed_pixels(&place, &source)
+        .iter()
+        .map(|(_, pixels, label)| (*label, pixels[300]))
+        .collect();
+    found.sort_unstable();
+    assert_eq!(found, [(0, 90), (2, 200), (7, 40)]);
+    place.add("t10k-labels-idx1-ubyte", &idx(&[2], &[7, 0]));
+    let error = place.pack(&source).unwrap_err().to_string();
+    assert!(error.contains("as many labels as images"), "{error}");
+    place.add("t10k-images-idx3-ubyte", &images);
+    let error = place.pack(&source).unwrap_err().to_string();
+    assert!(error.contains("not an idx file"), "{error}");
+}
+
+#[test]
+fn cifars_files_are_packed() {
+    let place = Place::new();
+    let image = |label: u8, rgb: [u8; 3]| {
+        let planes = rgb.into_iter().flat_map(|value| vec![value; 1024]);
+        std::iter::once(label).chain(planes).collect::<Vec<u8>>()
+    };
+    place.add("data_batch_1.bin", &image(3, [10, 20, 30]));
+    place.add("data_batch_2.bin", &[image(9, [200, 100, 50]), image(0, [5, 6, 7])].concat());
+    place.add("test_batch.bin", &image(1, [1, 1, 1]));
+    let names = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n";
+    place.add("batches.meta.txt", names.as_bytes());
+    let mut found: Vec<_> = packed_pixels(&place, &place.source())
+        .into_iter()
+        .map(|(class, pixels, _)| (class, [pixels[600], pixels[601], pixels[602]]))
+        .collect();
+    found.sort();
+    let near = |(class, rgb): &(String, [u8; 3]), name: &str, expected: [u8; 3]| {
+        // JPEG has other colours.
+        class == name && rgb.iter().zip(expected).all(|(a, b)| a.abs_diff(b) <= 2)
+    };
+    assert!(near(&found[0], "airplane", [5, 6, 7]), "{found:?}");
+    assert!(near(&found[1], "cat", [10, 20, 30]), "{found:?}");
+    assert!(near(&found[2], "truck", [200, 100, 50]), "{found:?}");
+    place.add("data_batch_1.bin", &[1; 100]);
+    let error = place.pack(&place.source()).unwrap_err().to_string();
+    assert!(error.contains("data_batch_1.bin is not a file of CIFAR's"), "{error}");
+}

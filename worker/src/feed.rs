@@ -10,7 +10,8 @@ use std::{
 };
 
 use cluster::{Step, VirtualRank};
-use shards::{Batch, BatchPlan, Loader, Normalize};
+use shards::{Batch, BatchPlan, Loader, Mixing, Normalize};
+use tracing::warn;
 
 use crate::setup::Setup;
 
@@ -21,6 +22,8 @@ pub(crate) struct MicroBatch {
     pub(crate) images: Vec<f32>,
     /// Class indices, `[B]`.
     pub(crate) labels: Vec<i64>,
+    /// Probabilities, `[B, K]`, where images are mixed; else empty.
+    pub(crate) targets: Vec<f32>,
     /// Side of the images, `S`.
     pub(crate) size: usize,
 }
@@ -41,8 +44,17 @@ struct Work {
     loader: Loader,
     normalize: Normalize,
     plan: BatchPlan,
+    mixes: Option<Mixes>,
     block: Range<u32>,
     steps: Range<u64>,
+}
+
+/// What mixing needs to know.
+struct Mixes {
+    mixing: Mixing,
+    seed: u64,
+    classes: usize,
+    smoothing: f64,
 }
 
 impl Feed {
@@ -53,9 +65,16 @@ impl Feed {
     pub(crate) fn start(setup: &Setup, block: Range<u32>, from: Step) -> std::io::Result<Self> {
         let split = &setup.training;
         let work = Work {
-            loader: Loader::new(Arc::clone(&split.dataset), split.transform.clone()),
+            loader: Loader::new(Arc::clone(&split.dataset), split.transform.clone())
+                .on_corrupt(setup.on_corrupt),
             normalize: split.transform.normalize(),
             plan: setup.batches,
+            mixes: setup.mixing.map(|mixing| Mixes {
+                mixing,
+                seed: setup.recipe.seed,
+                classes: setup.recipe.model.classes as usize,
+                smoothing: setup.recipe.loss.smoothing,
+            }),
             block,
             steps: from.0..setup.plan.steps_total.0,
         };
@@ -114,9 +133,19 @@ impl Work {
         let (epoch, step_in_epoch) = self.plan.position(step);
         let ids: Vec<u64> = self.plan.micro_batch(epoch, step_in_epoch, rank).collect();
         self.loader.load(&ids, epoch, pixels)?;
+        for skipped in &pixels.skipped {
+            let (sample, instead) = (skipped.sample, skipped.instead);
+            warn!(sample, instead, step = step.0, error = %skipped.fault, "damaged sample skipped");
+        }
         self.normalize.nchw(pixels, &mut batch.images);
         batch.labels.clone_from(&pixels.labels);
         batch.size = pixels.size;
+        batch.targets.clear();
+        if let Some(Mixes { mixing, seed, classes, smoothing }) = &self.mixes {
+            let mix = mixing.draw(*seed, step, rank, batch.size);
+            mix.images(&mut batch.images, batch.labels.len(), batch.size, batch.size);
+            mix.targets(&batch.labels, *classes, *smoothing, &mut batch.targets);
+        }
         Ok(batch)
     }
 }

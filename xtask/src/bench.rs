@@ -4,6 +4,7 @@
 //! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod clothing;
 mod data;
 mod figures;
 mod histories;
@@ -25,6 +26,8 @@ pub(crate) enum Benchmark {
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
     Histories(histories::Arguments),
+    /// Pack photographs of clothing and train on them with the whole recipe.
+    Clothing(clothing::Arguments),
     /// Images a core prepares in a second, ours and a Python pipeline's.
     Data(data::Options),
     /// Any other name, with its arguments, is one of `percheron bench`.
@@ -42,6 +45,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
+        Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),
         Benchmark::OfPercheron(arguments) => {
             process::run(workspace.binary("percheron").arg("bench").args(arguments))

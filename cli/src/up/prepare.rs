@@ -7,7 +7,7 @@ use checkpoint::{Checkpoint, LoadError, Store, committed_steps};
 use cluster::{Ledger, Outcome, Record, RunConfig, RunId, Step};
 use coordinator::{EventLog, LogError};
 use recipe::Recipe;
-use shards::Dataset;
+use shards::{Dataset, RandAugment};
 
 use crate::{
     run_dir::{Contents, Lock, RunDir, free_run_dir},
@@ -146,8 +146,11 @@ fn check_same(dir: &RunDir, stored: &Recipe, asked: &Recipe) -> Result<()> {
     Ok(())
 }
 
-/// Opens both splits; returns the number of training samples.
+/// Checks what the recipe says about images and opens both splits; returns the number of training samples.
 fn check_dataset(recipe: &Recipe) -> Result<u64> {
+    if let Some(aa) = &recipe.augment.aa {
+        RandAugment::parse(aa).context("key \"augment.aa\"")?;
+    }
     let location = &recipe.data.location;
     let open = |key: &str, split: &str| {
         Dataset::open(location, split).with_context(|| format!("key \"data.{key}\""))
