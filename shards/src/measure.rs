@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_stages_add_up_to_the_pass() {
-        let pixels: Vec<u8> = (0..64 * 48 * 3).map(|at| (at % 251).to_le_bytes()[0]).collect();
+        let pixels: Vec<u8> = (0..64 * 48 * 3).map(|at: u32| (at % 251).to_le_bytes()[0]).collect();
         let file = jpeg::encode(&pixels, 64, 48, Pixels::Rgb, 90).unwrap();
         let mut ticks = 0.0;
         let mut clock = || {
