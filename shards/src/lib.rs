@@ -51,7 +51,7 @@ mod warp;
 pub use adopt::index_tars;
 pub use augment::{Augment, Crop, InvalidAugment};
 pub use batch::{Batch, Normalize, Skipped};
-pub use dataset::{Dataset, OpenError, ReadError, Sample};
+pub use dataset::{Dataset, OpenError, ReadError, Reads, Sample};
 pub use digest::Sha256;
 pub use erase::{Erase, Erasure};
 pub use loader::{LoadError, Loader, OnCorruptSample};

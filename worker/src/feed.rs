@@ -159,3 +159,69 @@ impl Drop for Feed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cluster::RunId;
+
+    use super::*;
+
+    const STEPS: u64 = 6;
+    const BATCH: u64 = 4;
+
+    fn setup() -> Setup {
+        let sets = [
+            format!("max_steps={STEPS}"),
+            format!("batch_size={BATCH}"),
+            "virtual_ranks=4".to_owned(),
+            "evaluate_every_epochs=0".to_owned(),
+            "augment.aa=rand-m9-mstd0.5-inc1".to_owned(),
+            "augment.reprob=0.5".to_owned(),
+            "augment.mixup=0.8".to_owned(),
+            "augment.cutmix=1.0".to_owned(),
+        ];
+        let recipe = recipe::built_in("digits", &sets).unwrap().to_toml();
+        Setup::new(RunId::try_from("toy".to_owned()).unwrap(), &recipe).unwrap()
+    }
+
+    /// All micro-batches of a block from a step on.
+    fn batches(setup: &Setup, block: Range<u32>, from: u64) -> Vec<MicroBatch> {
+        let count = (STEPS - from) * u64::from(block.end - block.start);
+        let mut feed = Feed::start(setup, block, Step(from)).unwrap();
+        (0..count).map(|_| feed.next().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_resume_or_join_at_any_step_prepares_what_is_trained_on_and_nothing_else() {
+        let setup = setup();
+        let unbroken = batches(&setup, 0..4, 0);
+        for from in 0..STEPS {
+            for block in [0..4, 0..1, 1..3, 3..4] {
+                let before = setup.training.dataset.reads().samples;
+                let found = batches(&setup, block.clone(), from);
+                let read = setup.training.dataset.reads().samples - before;
+                assert_eq!(read, found.len() as u64 * BATCH, "from step {from}");
+                // And it is what a run without interruption and with other workers trains on.
+                let steps = unbroken[usize::try_from(from).unwrap() * 4..].chunks(4);
+                let ranks = block.start as usize..block.end as usize;
+                let expected = steps.flat_map(|step| &step[ranks.clone()]);
+                for (found, expected) in found.iter().zip(expected) {
+                    assert!(found.images == expected.images && found.targets == expected.targets);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn mixed_targets_are_probabilities() {
+        let setup = setup();
+        for batch in batches(&setup, 0..4, 0) {
+            let rows = batch.targets.chunks(setup.recipe.model.classes as usize);
+            assert_eq!(rows.len(), batch.labels.len());
+            for (row, &label) in rows.zip(&batch.labels) {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+                assert!(row[usize::try_from(label).unwrap()] > 0.0);
+            }
+        }
+    }
+}

@@ -6,9 +6,13 @@ use std::{
     process::ExitCode,
 };
 
-use ::shards::measure::{Pipeline, STAGES, Work};
+use ::shards::{
+    Dataset, Order,
+    measure::{Pipeline, STAGES, Work},
+};
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
+use cluster::Epoch;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::print;
@@ -18,6 +22,24 @@ use crate::print;
 pub(crate) enum Command {
     /// How many training images a core prepares in a second: decode, crop, resize, flip, normalise.
     Data(Data),
+    /// What reading a sample costs: finding it, reading it and checking it, without decoding.
+    Reader(Reader),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Reader {
+    /// The folder of a dataset, or `builtin:digits`.
+    #[arg(value_name = "LOCATION")]
+    location: String,
+    /// The split that is read.
+    #[arg(long, default_value = "train")]
+    split: String,
+    /// Samples to read, in the order of an epoch and again from the start.
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..))]
+    samples: u64,
+    /// One JSON object and nothing else.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -55,7 +77,45 @@ struct Figures {
 }
 
 pub(crate) fn run(command: &Command) -> Result<ExitCode> {
-    let Command::Data(data) = command;
+    match command {
+        Command::Data(data) => run_data(data)?,
+        Command::Reader(reader) => run_reader(reader)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// CPU time of this thread, after a first pass that brings the files into the system's memory.
+fn run_reader(reader: &Reader) -> Result<()> {
+    let dataset = Dataset::open(&reader.location, &reader.split)?;
+    let order = Order::new(dataset.len(), 1, Epoch(0));
+    let mut image = Vec::new();
+    for sample in 0..dataset.len() {
+        dataset.read_into(sample, &mut image)?;
+    }
+    let (before, start) = (dataset.reads(), cpu_seconds());
+    for position in 0..reader.samples {
+        dataset.read_into(order.sample(position % dataset.len()), &mut image)?;
+    }
+    let seconds = cpu_seconds() - start;
+    let bytes = (dataset.reads().bytes - before.bytes) as f64;
+    let samples = reader.samples as f64;
+    let (ns, mean_bytes) = (seconds * 1e9 / samples, bytes / samples);
+    if reader.json {
+        let figures = serde_json::json!({
+            "samples": reader.samples,
+            "ns_per_sample": ns,
+            "bytes_per_sample": mean_bytes,
+            "bytes_per_core_s": bytes / seconds,
+        });
+        print::out(&figures.to_string());
+    } else {
+        print::out(&format!("{ns:.0} ns a sample of {:.1} KB on average", mean_bytes / 1e3));
+        print::out(&format!("{:.2} GB a second and core", bytes / seconds / 1e9));
+    }
+    Ok(())
+}
+
+fn run_data(data: &Data) -> Result<()> {
     let files = read(&data.images)?;
     let work = match data.recipe {
         Recipe::Crop => Work::Crop,
@@ -67,7 +127,7 @@ pub(crate) fn run(command: &Command) -> Result<ExitCode> {
     } else {
         show(&figures);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn read(folder: &Path) -> Result<Vec<Vec<u8>>> {

@@ -11,6 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
+use super::instructions;
 use crate::process;
 use crate::workspace::Workspace;
 
@@ -64,8 +65,7 @@ impl Speeds {
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let images = std::path::absolute(&options.images)?;
     ensure!(images.is_dir(), "there is no folder {}", images.display());
-    let mut build = workspace.cargo(&["build"]);
-    process::output(build.args(["--release", "-p", "shards", "--example", "bench_data"]))?;
+    instructions::build(workspace)?;
     let python = match (options.against, &options.python) {
         (None, _) => None,
         (Some(Peer::Timm), Some(python)) => Some(python.clone()),
@@ -74,7 +74,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let crop = compare(workspace, &images, "crop", python.as_deref(), options.passes)?;
     let full = compare(workspace, &images, "full", python.as_deref(), options.passes)?;
     let instructions =
-        options.instructions.then(|| instructions(workspace, &images)).transpose()?;
+        options.instructions.then(|| instructions::count(workspace, &images)).transpose()?;
     if options.json {
         println!("{}", json(crop, full, instructions));
     } else {
@@ -84,38 +84,6 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// What two more passes take, so that starting and reading the files do not count.
-fn instructions(workspace: &Workspace, images: &Path) -> Result<f64> {
-    let report = workspace.target.join("callgrind.out");
-    let run = |passes: &str| {
-        let mut valgrind = workspace.command("valgrind");
-        valgrind.arg("--tool=callgrind").arg(joined("--callgrind-out-file=", &report));
-        valgrind.arg(workspace.target.join("release/examples/bench_data"));
-        valgrind.arg(images).args(["--passes", passes]);
-        valgrind.stderr(Stdio::null());
-        let output = valgrind.output().context("cannot start valgrind: install it")?;
-        ensure!(output.status.success(), "valgrind failed ({})", output.status);
-        let text = std::fs::read_to_string(&report)?;
-        let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-        let images = said["images"].as_f64().context("the program says how many images")?;
-        Ok::<_, anyhow::Error>((total(&text).context("callgrind's file has a total")?, images))
-    };
-    let ((one, images), (three, _)) = (run("1")?, run("3")?);
-    Ok((three - one) / (2.0 * images))
-}
-
-fn joined(option: &str, path: &Path) -> std::ffi::OsString {
-    let mut joined = std::ffi::OsString::from(option);
-    joined.push(path);
-    joined
-}
-
-/// The sum of instructions in a file of callgrind's.
-fn total(report: &str) -> Option<f64> {
-    let line = |name| report.lines().find_map(|line| line.strip_prefix(name));
-    line("totals:").or_else(|| line("summary:"))?.trim().parse().ok()
 }
 
 /// An environment with the peer's packages, made once.
@@ -271,12 +239,6 @@ mod tests {
         assert!(object["ratio_crop"].is_null());
         assert_eq!(object["instructions_per_image"], 1.0);
         assert!(table(alone, CROP).contains("900       -       -"), "{}", table(alone, CROP));
-    }
-
-    #[test]
-    fn callgrinds_total_is_found() {
-        assert_eq!(total("events: Ir\nsummary: 12\n\ntotals: 1234\n"), Some(1234.0));
-        assert_eq!(total("events: Ir\n"), None);
     }
 
     #[test]
