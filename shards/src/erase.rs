@@ -104,11 +104,17 @@ impl Erasure {
     pub fn fill(&self, planes: &mut [f32], size: usize) {
         let Rect { left, top, width, height } = self.area;
         assert!(left + width <= size && top + height <= size, "{:?} of {size}", self.area);
-        let mut place = 0;
+        let quantiles = &**QUANTILES;
+        // The values of `noise` in order, each word made once.
+        let (mut place, mut word) = (0_u64, 0_u64);
         for plane in planes.chunks_exact_mut(size * size).take(CHANNELS) {
             for row in plane.chunks_exact_mut(size).skip(top).take(height) {
                 for value in &mut row[left..left + width] {
-                    *value = noise(self.key, place);
+                    if place.is_multiple_of(VALUES_A_WORD) {
+                        word = word_of(self.key, place / VALUES_A_WORD);
+                    }
+                    *value = chosen(quantiles, word);
+                    word >>= 16;
                     place += 1;
                 }
             }
@@ -127,10 +133,20 @@ const VALUES_A_WORD: u64 = 4;
 #[must_use]
 #[inline]
 pub fn noise(key: u64, place: u64) -> f32 {
+    let word = word_of(key, place / VALUES_A_WORD);
+    chosen(&QUANTILES, word >> (16 * (place % VALUES_A_WORD)))
+}
+
+#[inline]
+fn word_of(key: u64, number: u64) -> u64 {
     const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
-    let word = mix(key.wrapping_add((place / VALUES_A_WORD).wrapping_mul(GOLDEN)));
-    let chosen = (word >> (16 * (place % VALUES_A_WORD))) & 0xFFFF;
-    QUANTILES[usize::try_from(chosen).expect("16 bits")]
+    mix(key.wrapping_add(number.wrapping_mul(GOLDEN)))
+}
+
+/// The quantile that the lowest bits choose.
+#[inline]
+fn chosen(quantiles: &[f32], word: u64) -> f32 {
+    quantiles[usize::try_from(word & 0xFFFF).expect("16 bits")]
 }
 
 /// The standard normal distribution's quantiles at `(i + 0.5) / 65536`, 256 KiB.

@@ -17,6 +17,7 @@ pub(crate) use nowhere::{is_available, resize_columns, resize_rows, warp};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use resize::{resize_columns, resize_rows};
 
+pub(crate) mod normalize;
 #[cfg(target_arch = "x86_64")]
 mod resize;
 
