@@ -418,3 +418,49 @@ fn cifars_files_are_packed() {
     let error = place.pack(&place.source()).unwrap_err().to_string();
     assert!(error.contains("data_batch_1.bin is not a file of CIFAR's"), "{error}");
 }
+
+/// Bounded by a number of cases, not by time, so that it does the same on every machine.
+#[test]
+fn a_source_tar_with_changed_bytes_is_packed_or_an_error() {
+    let mut random = 9_u64;
+    let mut below = |limit: usize| {
+        random =
+            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(random >> 33).unwrap() % limit
+    };
+    let members = [
+        ("a.jpg", photo(1)),
+        ("a.cls", b"1".to_vec()),
+        ("b.jpg", photo(2)),
+        ("b.cls", b"0".to_vec()),
+    ];
+    let members: Vec<(&str, &[u8])> =
+        members.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
+    let whole = tar(&members);
+    let (mut packed, mut refused) = (0, 0);
+    for _ in 0..400 {
+        let place = Place::new();
+        let mut damaged = whole.clone();
+        for _ in 0..=below(3) {
+            // Mostly headers: 512 bytes before each member.
+            let at = below(damaged.len());
+            let at = if below(4) == 0 { at } else { at / 512 * 512 + below(160).min(511) };
+            damaged[at.min(whole.len() - 1)] = below(256).to_le_bytes()[0];
+        }
+        if below(6) == 0 {
+            damaged.truncate(below(damaged.len()));
+        }
+        place.add("x.tar", &damaged);
+        match place.pack(&place.source()) {
+            Ok(_) => {
+                verify(&place.out("out"), "train", &mut |_| ()).unwrap();
+                packed += 1;
+            }
+            Err(error) => {
+                assert!(!error.to_string().is_empty());
+                refused += 1;
+            }
+        }
+    }
+    assert!(packed > 10 && refused > 10, "{packed} packed, {refused} refused");
+}
