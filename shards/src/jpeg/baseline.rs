@@ -103,7 +103,7 @@ impl Baseline {
             if row >= rows.start {
                 let line = SIDE * width * 3;
                 let target = &mut pixels[(row - rows.start) * line..][..line];
-                self.strip.to_rgb(width, target);
+                self.strip.write_rgb(width, target);
             }
         }
         // Below the last row the library looks at what follows the scan.

@@ -323,7 +323,9 @@ mod tests {
         coefficients::<true>(&mut bits, &table, &mut block).unwrap();
         let mut expected = [0; BLOCK];
         let mut put = |place: usize, value| expected[usize::from(ZIGZAG[place])] = value;
-        (put(1, 1), put(4, 22), put(8, 1023), put(9, -1));
+        for (place, value) in [(1, 1), (4, 22), (8, 1023), (9, -1)] {
+            put(place, value);
+        }
         assert_eq!(block, expected);
         assert_eq!(bits.left(), Some(3));
     }

@@ -97,7 +97,7 @@ impl Strip {
     /// # Panics
     /// If the kernels are not available, or there are fewer samples or bytes.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn to_rgb(&mut self, width: usize, target: &mut [u8]) {
+    pub(super) fn write_rgb(&mut self, width: usize, target: &mut [u8]) {
         let bytes = width * 3;
         assert!(width <= self.stride && target.len() == SIDE * bytes, "eight rows of RGB");
         let planes = [0, 1, 2].map(|plane| self.rows(plane));
@@ -119,7 +119,7 @@ impl Strip {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(super) fn to_rgb(&mut self, _: usize, _: &mut [u8]) {
+    pub(super) fn write_rgb(&mut self, _: usize, _: &mut [u8]) {
         unreachable!("not available");
     }
 }

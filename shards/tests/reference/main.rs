@@ -2,7 +2,7 @@
 //!
 //! The reference values are not part of this repository. They are looked for beside it; without them
 //! this prints why it checked nothing, and the tests inside the modules stand alone.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests are tests too")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
 use std::path::Path;
 
