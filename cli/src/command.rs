@@ -1,6 +1,7 @@
 //! The subcommands.
 
 mod audit;
+mod bench;
 mod change;
 mod checkpoints;
 mod coordinator;
@@ -46,7 +47,7 @@ pub(crate) enum Command {
     /// Say why things are as they are.
     #[command(subcommand)]
     Explain(explain::Command),
-    /// Pack, verify and inspect datasets.
+    /// Pack, index, verify, unpack and describe datasets.
     #[command(subcommand)]
     Shards(shards::Command),
     /// Show recipes.
@@ -61,6 +62,9 @@ pub(crate) enum Command {
     /// List the registered models, or show one: parameters, multiply–accumulates, stages, channels.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Model(worker::Arguments),
+    /// Measure what this machine can do.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Coordinate a run: one small process without torch (`up` starts it by itself).
     #[command(after_help = coordinator::AFTER_HELP)]
     Coordinator(coordinator::Arguments),
@@ -88,6 +92,7 @@ impl Command {
             Self::Import(arguments) => worker::run_tool("import", arguments),
             Self::Export(arguments) => worker::run_tool("export", arguments),
             Self::Model(arguments) => worker::run_tool("model", arguments),
+            Self::Bench(command) => bench::run(&command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),
             Self::Worker(arguments) => worker::run(arguments),
         }

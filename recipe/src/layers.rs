@@ -11,8 +11,10 @@ use figment::{
 use crate::{Recipe, ranges};
 
 /// The recipes that ship with the program: name and TOML text.
-pub const BUILT_IN: &[(&str, &str)] =
-    &[("digits", include_str!("../../worker/recipes/digits.toml"))];
+pub const BUILT_IN: &[(&str, &str)] = &[
+    ("digits", include_str!("../../worker/recipes/digits.toml")),
+    ("clothing", include_str!("../../worker/recipes/clothing.toml")),
+];
 
 /// A recipe that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -181,7 +183,7 @@ fn nearest_key(key: &str) -> Option<String> {
 }
 
 /// The keys that a recipe need not have.
-const UNSET: [&str; 9] = [
+const UNSET: [&str; 11] = [
     "optimizer.clip_grad",
     "optimizer.weight_decay_end",
     "schedule.warmup_steps",
@@ -191,6 +193,8 @@ const UNSET: [&str; 9] = [
     "model.num_latent_channels",
     "model.drop_path",
     "model.head_dropout",
+    "augment.aa",
+    "augment.cutmix_minmax",
 ];
 
 /// Keys of two recipes whose values differ, as `key: this, other`.
@@ -279,6 +283,40 @@ mod tests {
         for key in ["batch_size = 1", "loss.t_kd = 0", "ema.decay = NaN"] {
             assert!(refusal.contains(key), "{key} in {refusal}");
         }
+    }
+
+    #[test]
+    fn what_is_done_to_images_is_named_where_it_is_wrong() {
+        let text = "[augment]\nreprob = 1.5\nrecount = 0\nmixup = -1.0\ncutmix_minmax = [0.8, 0.2]";
+        let refused = refusal(text, &["batch_size=3", "augment.cutmix=1.0"]);
+        for key in [
+            "augment.reprob = 1.5",
+            "augment.recount = 0",
+            "augment.mixup = -1",
+            "augment.cutmix_minmax = [0.8, 0.2]",
+            "batch_size = 3 must be even",
+        ] {
+            assert!(refused.contains(key), "{key} in {refused}");
+        }
+        for (text, key) in [
+            ("[augment]\nremode = \"const\"", "augment.remode"),
+            ("[augment]\nmixup_mode = \"elem\"", "augment.mixup_mode"),
+            ("[data]\ninterpolation = \"bilinear\"", "data.interpolation"),
+            ("[data]\non_corrupt = \"ignore\"", "data.on_corrupt"),
+            ("[data]\nshuffle = \"none\"", "data.shuffle"),
+        ] {
+            let refused = refusal(text, &[]);
+            assert!(refused.contains(&format!("key \"{key}\"")), "{refused}");
+            assert!(refused.contains("expected"), "{refused}"); // And says what there is.
+        }
+        let meant = refusal("[augment]\ncutmix_min_max = [0.1, 0.2]", &[]);
+        assert!(meant.contains("did you mean \"augment.cutmix_minmax\"?"), "{meant}");
+    }
+
+    #[test]
+    fn evaluations_crop_has_timms_name_too() {
+        let recipe = Recipe::from_toml("x", "[data]\ncrop_pct = 0.95", &[]).unwrap();
+        assert_eq!(recipe.data.crop_fraction, 0.95);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! A field that changes results is under the run's digest: resuming a run with another value is
 //! refused. The sections `[elastic]` and `[checkpoint]` change none and may differ.
 
+mod augment;
 mod layers;
 mod ranges;
 mod sections;
@@ -13,6 +14,7 @@ mod sections;
 use cluster::{InvalidConfig, RunConfig, RunId, Step, Timeouts};
 use serde::{Deserialize, Serialize};
 
+pub use augment::{Augment, EraseMode, Interpolation, MixMode, OnCorrupt, Shuffle};
 pub use layers::{BUILT_IN, RecipeError, built_in};
 pub use sections::{
     BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Precision, Schedule,
@@ -46,6 +48,8 @@ pub struct Recipe {
     pub evaluate_every_epochs: u64,
     /// The images.
     pub data: Data,
+    /// What training does to them at random.
+    pub augment: Augment,
     /// The network.
     pub model: Model,
     /// The loss of the four exits.
@@ -77,6 +81,7 @@ impl Default for Recipe {
             bn_buffers: BnBuffers::Rank0,
             evaluate_every_epochs: 1,
             data: Data::default(),
+            augment: Augment::default(),
             model: Model::default(),
             loss: Loss::default(),
             optimizer: Optimizer::default(),

@@ -10,6 +10,7 @@ pub(crate) fn problems(recipe: &Recipe) -> Vec<String> {
     problems.of_whole_numbers(recipe);
     problems.of_numbers(recipe);
     problems.of_model(&recipe.model);
+    problems.of_augment(recipe);
     problems.0
 }
 
@@ -35,6 +36,8 @@ impl Problems {
             ("update_freq", r.update_freq, 1, "at least 1"),
             ("threads", r.threads, 1, "at least 1"),
             ("data.prefetch", r.data.prefetch, 1, "at least 1"),
+            ("data.shuffle_block", r.data.shuffle_block, 1, "at least 1"),
+            ("data.shuffle_window", r.data.shuffle_window, 1, "at least 1"),
             (
                 "checkpoint.keep",
                 r.checkpoint.keep,
@@ -131,6 +134,35 @@ impl Problems {
             let range = format!("0 or left out for {family:?}: only {who}");
             self.require(has || rate == 0.0, key, &rate, &range);
         }
+    }
+
+    fn of_augment(&mut self, recipe: &Recipe) {
+        let a = &recipe.augment;
+        for (key, value) in [
+            ("augment.reprob", a.reprob),
+            ("augment.mixup_prob", a.mixup_prob),
+            ("augment.mixup_switch_prob", a.mixup_switch_prob),
+        ] {
+            self.require((0.0..=1.0).contains(&value), key, &value, "from 0 to 1");
+        }
+        for (key, value, most) in [
+            ("augment.color_jitter", a.color_jitter, 100.0),
+            ("augment.mixup", a.mixup, 1e6),
+            ("augment.cutmix", a.cutmix, 1e6),
+        ] {
+            let range = format!("0, which is off, to {most}");
+            self.require((0.0..=most).contains(&value), key, &value, &range);
+        }
+        self.require((1..=16).contains(&a.recount), "augment.recount", &a.recount, "from 1 to 16");
+        if let Some([low, high]) = a.cutmix_minmax {
+            let fits = 0.0 < low && low <= high && high < 1.0;
+            let value = format!("[{low}, {high}]");
+            self.require(fits, "augment.cutmix_minmax", &value, "0 < low <= high < 1");
+        }
+        let is_even = !a.mixes() || recipe.batch_size.is_multiple_of(2);
+        let range =
+            "even where augment.mixup or augment.cutmix is on: each image is mixed with another";
+        self.require(is_even, "batch_size", &recipe.batch_size, range);
     }
 
     fn four(&mut self, key: &str, values: Option<[u32; 4]>, allowed: Range<u32>) {

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::augment::{Interpolation, OnCorrupt, Shuffle};
+
 /// Whose BatchNorm running statistics a run keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -44,12 +46,24 @@ pub struct Data {
     pub crop_ratio: [f64; 2],
     /// Chance of a mirrored image.
     pub flip_probability: f64,
-    /// Evaluation resizes the short side to `input_size / crop_fraction`, then cuts the centre.
+    /// Evaluation resizes the short side to `input_size / crop_fraction`, then cuts the centre. Also
+    /// read by timm's name, `crop_pct`.
+    #[serde(alias = "crop_pct")]
     pub crop_fraction: f64,
+    /// How images are resized.
+    pub interpolation: Interpolation,
     /// Channel means, of values in `0..=1`.
     pub mean: [f64; 3],
     /// Channel standard deviations, of values in `0..=1`.
     pub std: [f64; 3],
+    /// How an epoch mixes the samples.
+    pub shuffle: Shuffle,
+    /// Samples of a block, where `shuffle` is `blocks`.
+    pub shuffle_block: u32,
+    /// Blocks that are mixed with each other, where `shuffle` is `blocks`.
+    pub shuffle_window: u32,
+    /// What to do with a damaged sample that is to be trained on.
+    pub on_corrupt: OnCorrupt,
     /// Micro-batches a worker prepares ahead.
     pub prefetch: u32,
 }
@@ -65,8 +79,13 @@ impl Default for Data {
             crop_ratio: [0.75, 4.0 / 3.0],
             flip_probability: 0.5,
             crop_fraction: 0.875,
+            interpolation: Interpolation::Bicubic,
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
+            shuffle: Shuffle::Full,
+            shuffle_block: 64,
+            shuffle_window: 2048,
+            on_corrupt: OnCorrupt::Fail,
             prefetch: 4,
         }
     }

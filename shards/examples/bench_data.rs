@@ -11,13 +11,8 @@
 
 use std::{env, error::Error, fs, io, path::PathBuf, process::ExitCode};
 
-use cluster::Epoch;
 use nix::time::{ClockId, clock_gettime};
-use shards::{
-    Augment, Batch, Erase, Erasure, RandAugment, Scratch, Transform, decode::Decoder, jpeg::Opened,
-};
-
-const SIZE: u32 = 224;
+use shards::measure::{Pipeline, Work};
 
 struct Arguments {
     folder: PathBuf,
@@ -64,25 +59,16 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     if files.is_empty() {
         return Err("the folder has no .jpg file".into());
     }
-    let augment = if arguments.full {
-        Augment {
-            rand_augment: Some(RandAugment::parse("rand-m9-mstd0.5-inc1")?),
-            erase: Some(Erase::default()),
-            ..Augment::default()
-        }
-    } else {
-        Augment::default()
-    };
-    let mut worker = Worker::new(&augment)?;
+    let mut worker = Pipeline::new(if arguments.full { Work::Full } else { Work::Crop });
     if arguments.interactive {
         return answer(&mut worker, &files);
     }
-    worker.pass(&files, 0)?; // Grows the buffers.
+    worker.pass(&files, 0, &mut cpu_seconds)?; // Grows the buffers.
     let mut seconds = Vec::new();
-    worker.stages = [0.0; 3];
+    worker.stages = [0.0; 4];
     for pass in 0..arguments.passes {
         let start = cpu_seconds();
-        worker.pass(&files, pass)?;
+        worker.pass(&files, pass, &mut cpu_seconds)?;
         seconds.push(cpu_seconds() - start);
     }
     let images = files.len() as f64;
@@ -91,85 +77,26 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     sorted.sort_by(f64::total_cmp);
     let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
     let share = |stage: f64| stage * 1e3 / images / arguments.passes as f64;
-    let [decode, transform, normalize] = worker.stages.map(share);
+    let [decode, resize, augment, normalize] = worker.stages.map(share);
     println!(
         "{{\"images\": {images}, \"cpu_seconds\": {seconds:?}, \"img_per_core_s\": {:.1}, \
-         \"mb_per_core_s\": {:.1}, \"decode_ms\": {decode:.4}, \"transform_ms\": {transform:.4}, \
-         \"normalize_ms\": {normalize:.4}}}",
+         \"mb_per_core_s\": {:.1}, \"decode_ms\": {decode:.4}, \"resize_ms\": {resize:.4}, \
+         \"augment_ms\": {augment:.4}, \"normalize_ms\": {normalize:.4}}}",
         images / median,
         bytes as f64 / median / 1e6,
     );
     Ok(())
 }
 
-fn answer(worker: &mut Worker, files: &[Vec<u8>]) -> Result<(), Box<dyn Error>> {
+fn answer(worker: &mut Pipeline, files: &[Vec<u8>]) -> Result<(), Box<dyn Error>> {
     println!("{}", files.len());
     for line in io::stdin().lines() {
         let pass = line?.trim().parse()?;
         let start = cpu_seconds();
-        worker.pass(files, pass)?;
+        worker.pass(files, pass, &mut cpu_seconds)?;
         println!("{}", cpu_seconds() - start);
     }
     Ok(())
-}
-
-struct Worker {
-    transform: Transform,
-    decoder: Decoder,
-    scratch: Scratch,
-    batch: Batch,
-    planes: Vec<f32>,
-    /// CPU seconds of decoding, transforming and normalising.
-    stages: [f64; 3],
-}
-
-impl Worker {
-    fn new(augment: &Augment) -> Result<Self, Box<dyn Error>> {
-        let side = SIZE as usize;
-        let batch =
-            Batch { images: vec![0; side * side * 3], labels: vec![0], size: side, ..Batch::new() };
-        Ok(Self {
-            transform: Transform::training(augment, SIZE, 1)?,
-            decoder: Decoder::new(),
-            scratch: Scratch::new(),
-            batch,
-            planes: Vec::new(),
-            stages: [0.0; 3],
-        })
-    }
-
-    /// Every file once, each with the draws of this epoch.
-    fn pass(&mut self, files: &[Vec<u8>], epoch: u64) -> Result<(), Box<dyn Error>> {
-        let normalize = self.transform.normalize();
-        let epoch = Epoch(epoch);
-        for (sample, file) in (0..).zip(files) {
-            let start = cpu_seconds();
-            let image = Opened::new(file)?;
-            let whole = (image.header().width, image.header().height);
-            let part = self.transform.part(whole.0, whole.1, epoch, sample);
-            let part = self.decoder.decode_part(image, part)?;
-            let decoded = cpu_seconds();
-            self.transform.apply_to_part(
-                part,
-                whole,
-                epoch,
-                sample,
-                &mut self.scratch,
-                &mut self.batch.images,
-            )?;
-            self.batch.erasures.clear();
-            let erased = self.transform.erased(epoch, sample);
-            self.batch.erasures.extend(erased.map(|(area, key)| Erasure { image: 0, area, key }));
-            let transformed = cpu_seconds();
-            normalize.nchw(&self.batch, &mut self.planes);
-            std::hint::black_box(&self.planes);
-            let ends = [start, decoded, transformed, cpu_seconds()];
-            for (stage, times) in self.stages.iter_mut().zip(ends.windows(2)) {
-                *stage += times[1] - times[0];
-            }
-        }
-        Ok(())
-    }
 }
 
 /// CPU time of this thread so far.

@@ -1,7 +1,8 @@
 //! Whether the fast way gives the pixels of the slow one: `check_crops DIR [CROPS]`.
 //!
-//! Takes random crops (10,000 unless told otherwise) of the JPEG files of a folder, each once by region
-//! decoding and vectors, and once by decoding the whole image and resizing by the scalar definition.
+//! Takes random crops (10,000 unless told otherwise) of the JPEG files of a folder, each once as the
+//! loader makes it, and once by having libjpeg-turbo decode the whole image and resizing by the scalar
+//! definition.
 //! Prints how many bytes differ, and fails if one does.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a check speaks to its caller")]
 
@@ -41,7 +42,7 @@ fn run() -> Result<usize, Box<dyn Error>> {
     let bytes = (SIZE * SIZE * 3) as usize;
     let (mut fast, mut slow) = (vec![0; bytes], vec![0; bytes]);
     let (mut vectors, mut scalar) = (Scratch::new(), Scratch::scalar());
-    let (mut decoder, mut whole_decoder) = (Decoder::new(), Decoder::new());
+    let (mut decoder, mut whole_decoder) = (Decoder::new(), Decoder::library());
     let mut differing = 0;
     let images = paths.len() as u64;
     for (place, path) in (0..).zip(&paths) {

@@ -88,7 +88,7 @@ pub fn index_tars(
 fn check(checker: &mut Checker, folder: &Path, file: &SourceFile) -> Result<Record, PackError> {
     let path = || file.path(folder);
     let image = checker
-        .check(file.read()?)
+        .check(file.read()?, None)
         .map_err(|source| PackError::Corrupt { path: path(), source })?;
     if image.flags.has(Flags::RE_ENCODED) {
         return Err(PackError::NotJpeg { path: path() });

@@ -44,7 +44,7 @@ pub struct Augment {
     /// Strength of the brightness, contrast and saturation jitter after the flip; 0 is off. As in
     /// timm it is ignored where `rand_augment` is given.
     pub color_jitter: f64,
-    /// The box that noise replaces in the normalised image. Off if not given.
+    /// The boxes that noise replaces in the normalised image. Off if not given.
     pub erase: Option<Erase>,
     /// Share of the resized image's short side that the evaluation crop takes.
     pub crop_pct: f64,
@@ -100,6 +100,7 @@ impl Augment {
                 "`erase.area` must be 0 < low <= high <= 1",
             ),
             (ordered(erase.ratio), "`erase.ratio` must be 0 < low <= high"),
+            ((1..=16).contains(&erase.count_max), "`erase.count_max` must be 1 to 16"),
             (0.0 < self.crop_pct && self.crop_pct <= 1.0, "`crop_pct` must be 0 < value <= 1"),
             (self.mean.iter().all(|mean| mean.is_finite()), "`mean` must be three numbers"),
             (self.std.iter().all(|std| *std > 0.0 && std.is_finite()), "`std` must be above 0"),

@@ -1,6 +1,10 @@
 //! A batch of images, and their normalisation.
 
-use crate::{erase::Erasure, image::CHANNELS};
+use crate::{
+    erase::Erasure,
+    image::CHANNELS,
+    simd::normalize::{Division, normalize},
+};
 
 /// Images and labels of one micro-batch. A slot to be filled again and again: it keeps its memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,14 +53,15 @@ impl Batch {
         self.labels.is_empty()
     }
 
-    /// Makes room for `count` images of side `size`, whose pixels and labels are then to be written.
-    pub(crate) fn prepare(&mut self, count: usize, size: usize) {
+    /// Makes room for `count` images of side `size`, whose pixels and labels are then to be written, and
+    /// each of which loses at most `erasures_max` boxes.
+    pub(crate) fn prepare(&mut self, count: usize, size: usize, erasures_max: usize) {
         self.size = size;
         self.images.resize(count * size * size * CHANNELS, 0);
         self.labels.resize(count, 0);
         self.skipped.clear();
         self.erasures.clear();
-        self.erasures.reserve(count); // Each image loses at most one box.
+        self.erasures.reserve(count * erasures_max);
     }
 }
 
@@ -64,6 +69,8 @@ impl Batch {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Normalize {
     table: [[f32; 256]; CHANNELS],
+    /// What vectors compute the same by.
+    divisions: Option<[Division; CHANNELS]>,
 }
 
 impl Normalize {
@@ -76,7 +83,13 @@ impl Normalize {
                 *result = (f32::from(value) / 255.0 - mean[channel]) / std[channel];
             }
         }
-        Self { table }
+        let division =
+            |channel: usize| Division::exact(mean[channel], std[channel], &table[channel]);
+        let divisions = match [division(0), division(1), division(2)] {
+            [Some(red), Some(green), Some(blue)] => Some([red, green, blue]),
+            [None, ..] | [_, None, _] | [.., None] => None,
+        };
+        Self { table, divisions }
     }
 
     /// The batch as the network takes it: `[B, 3, size, size]` (NCHW), f32, its boxes erased. `planes`
@@ -89,10 +102,18 @@ impl Normalize {
         }
         let images = batch.images.chunks_exact(pixels * CHANNELS);
         for (image, planes) in images.zip(planes.chunks_exact_mut(pixels * CHANNELS)) {
+            let (red, others) = planes.split_at_mut(pixels);
+            let (green, blue) = others.split_at_mut(pixels);
+            let done = match &self.divisions {
+                Some(divisions) => {
+                    normalize(image, [&mut *red, &mut *green, &mut *blue], divisions)
+                }
+                None => 0,
+            };
             let (image, _) = image.as_chunks::<CHANNELS>();
-            for (channel, plane) in planes.chunks_exact_mut(pixels).enumerate() {
+            for (channel, plane) in [red, green, blue].into_iter().enumerate() {
                 let table = &self.table[channel];
-                for (result, pixel) in plane.iter_mut().zip(image) {
+                for (result, pixel) in plane.iter_mut().zip(image).skip(done) {
                     *result = table[usize::from(pixel[channel])];
                 }
             }
@@ -128,6 +149,22 @@ mod tests {
         let expected: Vec<f32> =
             first.into_iter().chain(second).map(|v: u8| f32::from(v)).collect();
         assert_eq!(rounded, expected);
+    }
+
+    #[test]
+    fn vectors_give_what_the_table_has() {
+        let fast = Normalize::new([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+        let slow = Normalize { divisions: None, ..fast.clone() };
+        for size in [1, 2, 3, 5, 8, 9, 16, 33] {
+            let images = (0..3 * 2 * size * size).map(|at: usize| (at * 7 % 256).to_le_bytes()[0]);
+            let images = images.collect();
+            let batch = Batch { images, labels: vec![0; 2], size, ..Batch::new() };
+            let (mut one, mut other) = (Vec::new(), Vec::new());
+            fast.nchw(&batch, &mut one);
+            slow.nchw(&batch, &mut other);
+            let bits = |planes: &[f32]| planes.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&one), bits(&other), "side {size}");
+        }
     }
 
     #[test]

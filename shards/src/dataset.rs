@@ -1,5 +1,7 @@
 //! A packed split, open for reading: sample id to checked bytes.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytes::Bytes;
 
 use crate::{
@@ -19,6 +21,24 @@ pub struct Dataset {
     manifest: Manifest,
     indexes: Vec<Index>,
     shards: Vec<Opened>,
+    read: Counters,
+}
+
+/// What has been read of a dataset, by all threads together. Numbers for a person: they are not in step
+/// with each other while reads are under way.
+#[derive(Debug, Default)]
+struct Counters {
+    samples: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// How much has been read of a dataset since it was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reads {
+    /// Samples, each time they were read.
+    pub samples: u64,
+    /// Bytes of their images.
+    pub bytes: u64,
 }
 
 /// One sample as it is stored.
@@ -182,7 +202,7 @@ impl Dataset {
             .map(|shard| read_index(&store, &manifest, shard))
             .collect::<Result<_, _>>()?;
         let shards = manifest.shards.iter().map(|shard| store.opened(&shard.tar())).collect();
-        Ok(Self { store, manifest, indexes, shards })
+        Ok(Self { store, manifest, indexes, shards, read: Counters::default() })
     }
 
     /// Number of samples, at least 1.
@@ -208,6 +228,13 @@ impl Dataset {
     #[must_use]
     pub fn indexes(&self) -> &[Index] {
         &self.indexes
+    }
+
+    /// How much has been read since this was opened.
+    #[must_use]
+    pub fn reads(&self) -> Reads {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Reads { samples: count(&self.read.samples), bytes: count(&self.read.bytes) }
     }
 
     /// Reads a sample and checks its bytes.
@@ -251,6 +278,8 @@ impl Dataset {
                 found,
             });
         }
+        self.read.samples.fetch_add(1, Ordering::Relaxed);
+        self.read.bytes.fetch_add(u64::from(length), Ordering::Relaxed);
         Ok(record.label)
     }
 

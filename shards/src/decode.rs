@@ -2,16 +2,24 @@
 
 use crate::{
     image::{Rect, View},
-    jpeg::{Header, JpegError, Opened},
+    jpeg::{Baseline, Header, JpegError, Opened},
 };
 
 /// Decodes JPEG images to RGB8, one at a time. Keeps its buffers between images.
 ///
 /// Grey is replicated; CMYK is converted as Pillow does it; orientation tags are ignored.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
     stored: Vec<u8>,
     converted: Vec<u8>,
+    /// For the usual kind of image; without it libjpeg-turbo decodes all.
+    baseline: Option<Box<Baseline>>,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self { baseline: Some(Box::default()), ..Self::library() }
+    }
 }
 
 impl Decoder {
@@ -19,6 +27,12 @@ impl Decoder {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A decoder that leaves everything to libjpeg-turbo: what others are checked by.
+    #[must_use]
+    pub fn library() -> Self {
+        Self { stored: Vec::new(), converted: Vec::new(), baseline: None }
     }
 
     /// The pixels of an image, `[height, width, 3]`, valid until the next call.
@@ -44,7 +58,10 @@ impl Decoder {
         mut image: Opened<'_>,
         part: Rect,
     ) -> Result<View<'_>, JpegError> {
-        let held = image.decode_part(part, &mut self.stored)?;
+        let held = match &mut self.baseline {
+            Some(baseline) => image.decode_part_with(baseline, part, &mut self.stored)?,
+            None => image.decode_part(part, &mut self.stored)?,
+        };
         let pixels = held.width * held.height;
         let view = if image.header().cmyk {
             self.converted.clear();

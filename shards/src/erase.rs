@@ -14,48 +14,71 @@ use crate::{
     plan::mix,
 };
 
-/// How often a box of an image is erased, and how large it is.
+/// How often boxes of an image are erased, and how large they are.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Erase {
-    /// Probability that an image loses a box.
+    /// Probability that an image loses boxes.
     pub probability: f64,
-    /// Smallest and largest share of the image's area that the box takes.
+    /// Smallest and largest share of the image's area that one box takes; each of several takes as
+    /// much less.
     pub area: [f64; 2],
-    /// Smallest and largest ratio of the box's height to its width.
+    /// Smallest and largest ratio of a box's height to its width.
     pub ratio: [f64; 2],
+    /// Most boxes that an image loses: their number is drawn from 1 to this.
+    pub count_max: u32,
 }
 
 impl Default for Erase {
     fn default() -> Self {
-        Self { probability: 0.25, area: [0.02, 1.0 / 3.0], ratio: [0.3, 1.0 / 0.3] }
+        Self { probability: 0.25, area: [0.02, 1.0 / 3.0], ratio: [0.3, 1.0 / 0.3], count_max: 1 }
     }
 }
 
 impl Erase {
-    /// The box that an image of side `size` loses, if it does, and the key of its noise.
-    pub(crate) fn draw(&self, size: usize, draws: &mut Draws) -> Option<(Rect, u64)> {
-        const TRIES: usize = 10;
+    /// The boxes that image number `image` of a batch loses, whose side is `size`, added to `erasures`.
+    pub(crate) fn draw(
+        &self,
+        image: usize,
+        size: usize,
+        draws: &mut Draws,
+        erasures: &mut Vec<Erasure>,
+    ) {
         if draws.unit() > self.probability {
-            return None;
+            return;
         }
-        let key = draws.word();
+        let mut key = draws.word();
+        // One box is the rule, and draws no number.
+        let count =
+            if self.count_max > 1 { 1 + draws.at_most(self.count_max as usize - 1) } else { 1 };
+        for number in 0..count {
+            if number > 0 {
+                key = draws.word();
+            }
+            if let Some(area) = self.draw_box(size, count, draws) {
+                erasures.push(Erasure { image, area, key });
+            }
+        }
+    }
+
+    fn draw_box(&self, size: usize, count: usize, draws: &mut Draws) -> Option<Rect> {
+        const TRIES: usize = 10;
         for _ in 0..TRIES {
             let (area, ratio) = (draws.unit(), draws.unit());
-            let (width, height) = self.box_size(size, area, ratio);
+            let (width, height) = self.box_size(size, count, area, ratio);
             if width < size && height < size {
                 let top = draws.at_most(size - height);
                 let left = draws.at_most(size - width);
-                return Some((Rect { left, top, width, height }, key));
+                return Some(Rect { left, top, width, height });
             }
         }
         None
     }
 
-    /// Width and height of the box that two numbers of `[0, 1)` choose; it may not fit.
-    fn box_size(&self, size: usize, area: f64, ratio: f64) -> (usize, usize) {
+    /// Width and height of one of `count` boxes that two numbers of `[0, 1)` choose; it may not fit.
+    fn box_size(&self, size: usize, count: usize, area: f64, ratio: f64) -> (usize, usize) {
         let between = |[low, high]: [f64; 2], at: f64| low + (high - low) * at;
-        let area = between(self.area, area) * (size * size) as f64;
+        let area = between(self.area, area) * (size * size) as f64 / count as f64;
         let ratio = libm::exp(between(self.ratio.map(libm::log), ratio));
         (round_to_size((area / ratio).sqrt()), round_to_size((area * ratio).sqrt()))
     }
@@ -81,11 +104,17 @@ impl Erasure {
     pub fn fill(&self, planes: &mut [f32], size: usize) {
         let Rect { left, top, width, height } = self.area;
         assert!(left + width <= size && top + height <= size, "{:?} of {size}", self.area);
-        let mut place = 0;
+        let quantiles = &**QUANTILES;
+        // The values of `noise` in order, each word made once.
+        let (mut place, mut word) = (0_u64, 0_u64);
         for plane in planes.chunks_exact_mut(size * size).take(CHANNELS) {
             for row in plane.chunks_exact_mut(size).skip(top).take(height) {
                 for value in &mut row[left..left + width] {
-                    *value = noise(self.key, place);
+                    if place.is_multiple_of(VALUES_A_WORD) {
+                        word = word_of(self.key, place / VALUES_A_WORD);
+                    }
+                    *value = chosen(quantiles, word);
+                    word >>= 16;
                     place += 1;
                 }
             }
@@ -104,10 +133,20 @@ const VALUES_A_WORD: u64 = 4;
 #[must_use]
 #[inline]
 pub fn noise(key: u64, place: u64) -> f32 {
+    let word = word_of(key, place / VALUES_A_WORD);
+    chosen(&QUANTILES, word >> (16 * (place % VALUES_A_WORD)))
+}
+
+#[inline]
+fn word_of(key: u64, number: u64) -> u64 {
     const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
-    let word = mix(key.wrapping_add((place / VALUES_A_WORD).wrapping_mul(GOLDEN)));
-    let chosen = (word >> (16 * (place % VALUES_A_WORD))) & 0xFFFF;
-    QUANTILES[usize::try_from(chosen).expect("16 bits")]
+    mix(key.wrapping_add(number.wrapping_mul(GOLDEN)))
+}
+
+/// The quantile that the lowest bits choose.
+#[inline]
+fn chosen(quantiles: &[f32], word: u64) -> f32 {
+    quantiles[usize::try_from(word & 0xFFFF).expect("16 bits")]
 }
 
 /// The standard normal distribution's quantiles at `(i + 0.5) / 65536`, 256 KiB.
@@ -196,12 +235,35 @@ mod tests {
         let mut erased = 0;
         for sample in 0..8000 {
             let mut draws = Draws::new(Decision::Erase, 3, Epoch(1), sample);
-            let Some((area, _)) = Erase::default().draw(64, &mut draws) else { continue };
-            assert!(area.left + area.width <= 64 && area.top + area.height <= 64);
-            assert!(area.width < 64 && area.height < 64);
-            erased += 1;
+            let mut boxes = Vec::new();
+            Erase::default().draw(0, 64, &mut draws, &mut boxes);
+            for Erasure { area, .. } in &boxes {
+                assert!(area.left + area.width <= 64 && area.top + area.height <= 64);
+                assert!(area.width < 64 && area.height < 64);
+            }
+            erased += boxes.len();
         }
         assert!((1850..2150).contains(&erased), "{erased} of 8000");
+    }
+
+    #[test]
+    fn several_boxes_share_the_area_of_one() {
+        let erase = Erase { probability: 1.0, count_max: 4, ..Erase::default() };
+        let mut numbers = [0; 5];
+        for sample in 0..2000 {
+            let mut draws = Draws::new(Decision::Erase, 3, Epoch(1), sample);
+            let mut boxes = Vec::new();
+            erase.draw(7, 64, &mut draws, &mut boxes);
+            let share = 64.0 * 64.0 / 3.0 / boxes.len() as f64;
+            // Sides are rounded.
+            assert!(
+                boxes.iter().all(|one| (one.area.width * one.area.height) as f64 <= share + 40.0)
+            );
+            assert!(boxes.iter().all(|one| one.image == 7));
+            assert!(boxes.windows(2).all(|two| two[0].key != two[1].key));
+            numbers[boxes.len()] += 1;
+        }
+        assert!(numbers[1..].iter().all(|&count| (400..600).contains(&count)), "{numbers:?}");
     }
 
     #[test]
@@ -232,7 +294,7 @@ mod tests {
             let number = |field: &str| usize::try_from(row[field].as_u64().unwrap()).unwrap();
             let unit = |field: &str| row[field].as_f64().unwrap();
             let (size, erase) = (number("size"), Erase::default());
-            let (width, height) = erase.box_size(size, unit("u_area"), unit("u_ratio"));
+            let (width, height) = erase.box_size(size, 1, unit("u_area"), unit("u_ratio"));
             assert_eq!((height, width), (number("h"), number("w")), "{row}");
             assert_eq!(width < size && height < size, row["accepted"].as_bool().unwrap());
         }

@@ -7,7 +7,10 @@
 //! the tables of the image before, and an image that lacks its own would be decoded with them: its
 //! pixels would depend on what this thread happened to decode last. For the same reason a warning,
 //! which leaves some pixels unwritten or guessed, is an error.
-#![expect(unsafe_code, reason = "binds the C library libjpeg-turbo; every call is in this file")]
+#![expect(
+    unsafe_code,
+    reason = "binds the C library libjpeg-turbo; every call is here or in `kernels`"
+)]
 
 use std::{
     ffi::{CStr, c_int},
@@ -15,6 +18,12 @@ use std::{
 };
 
 use turbojpeg_sys as tj;
+
+mod baseline;
+mod entropy;
+mod kernels;
+
+pub(crate) use baseline::Baseline;
 
 use crate::image::Rect;
 
@@ -237,6 +246,22 @@ impl<'a> Opened<'a> {
         // message is to be the same whatever part was asked for.
         self.decompress(whole, pixels)?;
         Ok(whole)
+    }
+
+    /// The same as [`Self::decode_part`], faster where the image is of the usual kind.
+    pub(crate) fn decode_part_with(
+        &mut self,
+        baseline: &mut Baseline,
+        part: Rect,
+        pixels: &mut Vec<u8>,
+    ) -> Result<Rect, JpegError> {
+        let plain = self.sampling == tj::TJSAMP_TJSAMP_444
+            && self.instance.value(tj::TJPARAM_TJPARAM_COLORSPACE) == as_int(tj::TJCS_TJCS_YCbCr)
+            && self.instance.value(tj::TJPARAM_TJPARAM_PROGRESSIVE) == 0;
+        match plain.then(|| baseline.decode(self.jpeg, part, pixels)).flatten() {
+            Some(held) => Ok(held),
+            None => self.decode_part(part, pixels),
+        }
     }
 
     /// The smallest rectangle around `part` that the library can cut out without changing a pixel

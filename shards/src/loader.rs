@@ -9,7 +9,6 @@ use crate::{
     batch::{Batch, Skipped},
     dataset::{Dataset, ReadError},
     decode::Decoder,
-    erase::Erasure,
     image::CHANNELS,
     jpeg::{Header, JpegError, Opened},
     transform::{Scratch, Transform, TransformError},
@@ -123,7 +122,7 @@ impl Loader {
     /// holds nothing of meaning.
     pub fn load(&mut self, ids: &[u64], epoch: Epoch, batch: &mut Batch) -> Result<(), LoadError> {
         let size = self.transform.size();
-        batch.prepare(ids.len(), size);
+        batch.prepare(ids.len(), size, self.transform.erasures_max());
         let slots = batch.images.chunks_exact_mut(size * size * CHANNELS);
         for ((place, &id), (pixels, label)) in
             ids.iter().enumerate().zip(slots.zip(&mut batch.labels))
@@ -142,9 +141,7 @@ impl Loader {
                 }
                 Err(error) => return Err(error),
             };
-            if let Some((area, key)) = self.transform.erased(epoch, taken) {
-                batch.erasures.push(Erasure { image: place, area, key });
-            }
+            self.transform.erase(epoch, taken, place, &mut batch.erasures);
         }
         Ok(())
     }

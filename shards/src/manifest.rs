@@ -9,6 +9,9 @@ use crate::{digest::Sha256, format};
 /// The only layout so far.
 pub const VERSION: u32 = 1;
 
+/// The key of the manifest's own checksum: the crc32c of all other fields as compact JSON.
+const CHECKSUM: &str = "crc32c";
+
 /// What a split is and where its samples are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -57,7 +60,7 @@ pub struct Provenance {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// JPEG files are kept byte for byte. PNG files become JPEG of quality 100 without chroma
+    /// JPEG files are kept byte for byte. PNG files and raw pixels become JPEG of quality 100 without chroma
     /// subsampling (4:4:4; grey stays grey), which is close to the source but not lossless.
     KeepJpegConvertPngQuality100,
     /// The archives are somebody else's and were indexed where they lie.
@@ -100,6 +103,16 @@ pub enum ManifestError {
     /// Not JSON, or not these fields; the source names line and column.
     #[error("it is not a manifest")]
     Json(#[from] serde_json::Error),
+    /// Something in it has changed since it was written.
+    #[error(
+        "field `crc32c`: is {stated}, the other fields give {found}: a byte of them has changed"
+    )]
+    Checksum {
+        /// By the manifest.
+        stated: String,
+        /// Of the fields.
+        found: u32,
+    },
     /// A field contradicts the others.
     #[error("field `{field}`: {problem}")]
     Field {
@@ -126,9 +139,23 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError`] names the first field that is wrong.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let manifest: Self = serde_json::from_slice(bytes)?;
-        manifest.check()?;
+        let mut fields: serde_json::Map<_, _> = serde_json::from_slice(bytes)?;
+        let checksum = fields.remove(CHECKSUM);
+        let manifest: Self = serde_json::from_value(fields.into())?;
+        manifest.check()?; // It says more than that something has changed.
+        // Manifests had none at first.
+        if let Some(stated) = checksum {
+            let found = manifest.checksum();
+            if stated.as_u64() != Some(found.into()) {
+                return Err(ManifestError::Checksum { stated: stated.to_string(), found });
+            }
+        }
         Ok(manifest)
+    }
+
+    /// Of all fields: whatever changes what the manifest says changes it.
+    fn checksum(&self) -> u32 {
+        crc32c::crc32c(&serde_json::to_vec(self).expect("every field has a JSON form"))
     }
 
     /// The bytes of the manifest file.
@@ -137,9 +164,9 @@ impl Manifest {
     /// Never: every field has a JSON form.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = serde_json::to_vec_pretty(self).expect("every field has a JSON form");
-        bytes.push(b'\n');
-        bytes
+        let text = serde_json::to_string_pretty(self).expect("every field has a JSON form");
+        let fields = text.strip_prefix('{').expect("it is an object");
+        format!("{{\n  \"{CHECKSUM}\": {},{fields}\n", self.checksum()).into_bytes()
     }
 
     /// The shard that holds `sample`, by its place in `shards`. `None` if there is no such sample.
@@ -227,6 +254,29 @@ mod tests {
     #[test]
     fn a_manifest_reads_back_as_written() {
         assert_eq!(Manifest::parse(&manifest().encode()).unwrap(), manifest());
+    }
+
+    #[test]
+    fn a_flip_of_any_bit_is_found() {
+        let bytes = manifest().encode();
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 1 << bit;
+                // A digest's digits mean the same in capitals.
+                let found = Manifest::parse(&damaged);
+                assert!(found.is_err() || found.unwrap() == manifest(), "bit {bit} of byte {at}");
+            }
+        }
+        let text = String::from_utf8(bytes).unwrap().replace("\"dog\"", "\"dug\"");
+        let error = Manifest::parse(text.as_bytes()).unwrap_err().to_string();
+        assert!(error.starts_with("field `crc32c`"), "{error}");
+    }
+
+    #[test]
+    fn a_manifest_without_a_checksum_is_of_the_first_ones() {
+        let text = serde_json::to_string(&manifest()).unwrap();
+        assert_eq!(Manifest::parse(text.as_bytes()).unwrap(), manifest());
     }
 
     #[test]

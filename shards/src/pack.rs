@@ -20,6 +20,7 @@ use crate::{
 };
 
 mod image;
+mod raw;
 mod resume;
 pub(crate) mod scan;
 
@@ -103,10 +104,18 @@ pub enum PackError {
     /// A class folder's name cannot be written in the manifest.
     #[error("the name of class folder {} is not UTF-8: rename it", .0.display())]
     ClassName(PathBuf),
+    /// A file of raw pixels or labels that is not what its name says.
+    #[error("{} is not {format}", .path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        format: &'static str,
+    },
     /// A tar of images without their classes.
     #[error(
-        "{} has images but neither .cls files nor class tars: put a file {} beside it with a line \
-         `FILE CLASS` for each image",
+        "{} has images but neither .cls files nor class folders nor class tars: put a file {} beside \
+         it with a line `FILE CLASS` for each image",
         .tar.display(), .labels.display()
     )]
     NoLabels {
@@ -178,7 +187,7 @@ pub enum PackError {
 }
 
 /// Packs `source` as a split of the dataset at `out`, and returns its manifest. A source is an image
-/// folder, WebDataset tars, or ImageNet's own tars: see `pack/scan.rs` for the four kinds.
+/// folder, WebDataset tars, or ImageNet's own tars: see `pack/scan.rs` for the kinds.
 ///
 /// JPEG files are kept byte for byte after they have been decoded once as a check. PNG files are
 /// converted, see [`Policy`]. Other files are ignored. Equal sources and options give equal files,
@@ -274,7 +283,7 @@ impl<'a> Packer<'a> {
         for place in self.done.place..files_total {
             let chosen = usize::try_from(order.at(place)).expect("the order permutes the files");
             let file = &listing.files[chosen];
-            match self.checker.check(file.read()?) {
+            match self.checker.check(file.read()?, file.raw) {
                 Ok(image) => {
                     if self.is_full_for(&image) {
                         self.close_shard()?;

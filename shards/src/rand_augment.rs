@@ -38,6 +38,12 @@ pub struct UnknownRandAugment {
 }
 
 impl RandAugment {
+    /// That of the published recipes, `rand-m9-mstd0.5-inc1`.
+    #[must_use]
+    pub fn published() -> Self {
+        Self { magnitude: 9.0, magnitude_std: 0.5, operations: OPERATIONS }
+    }
+
     /// Understands the settings `rand-mN[-mstdN][-nN]-inc1`. Other policies and the weaker-going
     /// operations of `inc0` are refused.
     ///
@@ -231,6 +237,7 @@ mod tests {
         let setting = RandAugment::parse("rand-m9-mstd0.5-inc1").unwrap();
         let expected = RandAugment { magnitude: 9.0, magnitude_std: 0.5, operations: 2 };
         assert_eq!(setting, expected);
+        assert_eq!(setting, RandAugment::published());
         assert_eq!(String::from(setting), "rand-m9-mstd0.5-inc1");
         let three = RandAugment::parse("rand-n3-m5-inc1").unwrap();
         assert_eq!(RandAugment::parse(&String::from(three)), Ok(three));

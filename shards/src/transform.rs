@@ -5,6 +5,7 @@ use cluster::Epoch;
 use crate::{
     augment::{Augment, Crop, Decision, Draws, InvalidAugment},
     batch::Normalize,
+    erase::Erasure,
     image::{self, CHANNELS, Rect, View},
     operation::truncate,
     rand_augment::color_jitter,
@@ -177,51 +178,81 @@ impl Transform {
         scratch: &mut Scratch,
         target: &mut [u8],
     ) -> Result<(), TransformError> {
-        match self.purpose {
+        self.shape(part, whole, epoch, sample, scratch, target)?;
+        self.change(epoch, sample, scratch, target);
+        Ok(())
+    }
+
+    /// The first half of [`Self::apply_to_part`]: the crop, resized and perhaps mirrored.
+    pub(crate) fn shape(
+        &self,
+        part: View<'_>,
+        whole: (usize, usize),
+        epoch: Epoch,
+        sample: u64,
+        scratch: &mut Scratch,
+        target: &mut [u8],
+    ) -> Result<(), TransformError> {
+        let seed = match self.purpose {
             Purpose::Evaluation => {
                 let (horizontal, vertical) = self.evaluation_axes(whole.0, whole.1);
                 scratch.resizer.resize_part(part, horizontal, vertical, target);
+                return Ok(());
             }
-            Purpose::Training { seed } => {
-                match self.augment.crop {
-                    Crop::RandomResized | Crop::None => {
-                        scratch.resizer.resize(part, self.size, self.size, target);
-                    }
-                    Crop::Padded => {
-                        let mut draws = Draws::new(Decision::Crop, seed, epoch, sample);
-                        self.padded_crop(part, &mut draws, target)?;
-                    }
-                }
-                let mut flip = Draws::new(Decision::Flip, seed, epoch, sample);
-                if flip.unit() < self.augment.flip_probability {
-                    image::flip(target, self.size);
-                }
-                let mut draws = Draws::new(Decision::Operations, seed, epoch, sample);
-                self.change(&mut draws, &mut scratch.image, target);
+            Purpose::Training { seed } => seed,
+        };
+        match self.augment.crop {
+            Crop::RandomResized | Crop::None => {
+                scratch.resizer.resize(part, self.size, self.size, target);
             }
+            Crop::Padded => {
+                let mut draws = Draws::new(Decision::Crop, seed, epoch, sample);
+                self.padded_crop(part, &mut draws, target)?;
+            }
+        }
+        let mut flip = Draws::new(Decision::Flip, seed, epoch, sample);
+        if flip.unit() < self.augment.flip_probability {
+            image::flip(target, self.size);
         }
         Ok(())
     }
 
-    /// The box that noise replaces once the image is normalised, and the key of that noise.
-    #[must_use]
-    pub fn erased(&self, epoch: Epoch, sample: u64) -> Option<(Rect, u64)> {
-        let (Purpose::Training { seed }, Some(erase)) = (self.purpose, self.augment.erase) else {
-            return None;
-        };
-        erase.draw(self.size, &mut Draws::new(Decision::Erase, seed, epoch, sample))
+    /// The boxes that noise replaces once image number `place` of a batch is normalised, added to
+    /// `erasures`.
+    pub fn erase(&self, epoch: Epoch, sample: u64, place: usize, erasures: &mut Vec<Erasure>) {
+        if let (Purpose::Training { seed }, Some(erase)) = (self.purpose, self.augment.erase) {
+            let mut draws = Draws::new(Decision::Erase, seed, epoch, sample);
+            erase.draw(place, self.size, &mut draws, erasures);
+        }
     }
 
-    /// RandAugment, or the colour jitter where that is off.
-    fn change(&self, draws: &mut Draws, scratch: &mut Vec<u8>, target: &mut [u8]) {
+    /// Most boxes that an image loses.
+    #[must_use]
+    pub fn erasures_max(&self) -> usize {
+        match (self.purpose, self.augment.erase) {
+            (Purpose::Training { .. }, Some(erase)) => erase.count_max as usize,
+            (Purpose::Training { .. }, None) | (Purpose::Evaluation, _) => 0,
+        }
+    }
+
+    /// The second half of [`Self::apply_to_part`]: RandAugment, or the colour jitter where that is off.
+    pub(crate) fn change(
+        &self,
+        epoch: Epoch,
+        sample: u64,
+        scratch: &mut Scratch,
+        target: &mut [u8],
+    ) {
+        let Purpose::Training { seed } = self.purpose else { return };
+        let mut draws = Draws::new(Decision::Operations, seed, epoch, sample);
         let fill = self.augment.mean.map(|mean| truncate((f64::from(mean) * 255.0).round()));
         if let Some(setting) = self.augment.rand_augment {
-            for operation in setting.draw(draws) {
-                operation.apply(target, self.size, fill, scratch);
+            for operation in setting.draw(&mut draws) {
+                operation.apply(target, self.size, fill, &mut scratch.image);
             }
         } else if self.augment.color_jitter > 0.0 {
-            for operation in color_jitter(self.augment.color_jitter, draws) {
-                operation.apply(target, self.size, fill, scratch);
+            for operation in color_jitter(self.augment.color_jitter, &mut draws) {
+                operation.apply(target, self.size, fill, &mut scratch.image);
             }
         }
     }

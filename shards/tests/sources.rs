@@ -328,3 +328,139 @@ fn another_source_or_a_lost_shard_starts_anew() {
     assert_eq!(first(&place), Some(1));
     verify(&out, "train", &mut |_| ()).unwrap();
 }
+
+#[test]
+fn an_image_folder_in_a_tar_is_packed() {
+    let place = Place::new();
+    let folder = tar(&[
+        ("train/oak/1.jpg", &photo(1)),
+        ("train/ash/2.jpg", &photo(2)),
+        ("train/oak/3.jpg", &photo(3)),
+    ]);
+    place.add("train.tar", &folder);
+    let expected = expected(&[(1, "oak"), (2, "ash"), (3, "oak")]);
+    assert_eq!(place.packed(&place.source().join("train.tar")), expected);
+    let flat = Place::new();
+    flat.add("train.tar", &tar(&[("1.jpg", &photo(1))]));
+    let error = flat.pack(&flat.source().join("train.tar")).unwrap_err().to_string();
+    assert!(error.contains("neither .cls files nor class folders"), "{error}");
+}
+
+/// Class name, pixels and label of each packed image.
+fn packed_pixels(place: &Place, source: &Path) -> Vec<(String, Vec<u8>, u32)> {
+    place.pack(source).unwrap();
+    verify(&place.out("out"), "train", &mut |_| ()).unwrap();
+    let dataset = Dataset::open(&place.out("out"), "train").unwrap();
+    let mut decoder = shards::decode::Decoder::new();
+    (0..dataset.len())
+        .map(|id| {
+            let sample = dataset.read(id).unwrap();
+            let view = decoder.decode(&sample.image).unwrap();
+            let pixels = (0..view.height()).flat_map(|y| view.row(y).to_vec()).collect();
+            (dataset.classes()[sample.label as usize].clone(), pixels, sample.label)
+        })
+        .collect()
+}
+
+fn idx(dimensions: &[u32], bytes: &[u8]) -> Vec<u8> {
+    let magic = 0x0800 | u32::try_from(dimensions.len()).unwrap();
+    let words = std::iter::once(&magic).chain(dimensions);
+    words.flat_map(|word| word.to_be_bytes()).chain(bytes.iter().copied()).collect()
+}
+
+#[test]
+fn mnists_files_are_packed() {
+    let place = Place::new();
+    let images: Vec<u8> =
+        [40_u8, 90, 200].into_iter().flat_map(|grey| vec![grey; 28 * 28]).collect();
+    place.add("t10k-images-idx3-ubyte", &idx(&[3, 28, 28], &images));
+    place.add("t10k-labels-idx1-ubyte", &idx(&[3], &[7, 0, 2]));
+    let source = place.source().join("t10k-images-idx3-ubyte");
+    let mut found: Vec<(u32, u8)> = packed_pixels(&place, &source)
+        .iter()
+        .map(|(_, pixels, label)| (*label, pixels[300]))
+        .collect();
+    found.sort_unstable();
+    assert_eq!(found, [(0, 90), (2, 200), (7, 40)]);
+    place.add("t10k-labels-idx1-ubyte", &idx(&[2], &[7, 0]));
+    let error = place.pack(&source).unwrap_err().to_string();
+    assert!(error.contains("as many labels as images"), "{error}");
+    place.add("t10k-images-idx3-ubyte", &images);
+    let error = place.pack(&source).unwrap_err().to_string();
+    assert!(error.contains("not an idx file"), "{error}");
+}
+
+#[test]
+fn cifars_files_are_packed() {
+    let place = Place::new();
+    let image = |label: u8, rgb: [u8; 3]| {
+        let planes = rgb.into_iter().flat_map(|value| vec![value; 1024]);
+        std::iter::once(label).chain(planes).collect::<Vec<u8>>()
+    };
+    place.add("data_batch_1.bin", &image(3, [10, 20, 30]));
+    place.add("data_batch_2.bin", &[image(9, [200, 100, 50]), image(0, [5, 6, 7])].concat());
+    place.add("test_batch.bin", &image(1, [1, 1, 1]));
+    let names = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n";
+    place.add("batches.meta.txt", names.as_bytes());
+    let mut found: Vec<_> = packed_pixels(&place, &place.source())
+        .into_iter()
+        .map(|(class, pixels, _)| (class, [pixels[600], pixels[601], pixels[602]]))
+        .collect();
+    found.sort();
+    let near = |(class, rgb): &(String, [u8; 3]), name: &str, expected: [u8; 3]| {
+        // JPEG has other colours.
+        class == name && rgb.iter().zip(expected).all(|(a, b)| a.abs_diff(b) <= 2)
+    };
+    assert!(near(&found[0], "airplane", [5, 6, 7]), "{found:?}");
+    assert!(near(&found[1], "cat", [10, 20, 30]), "{found:?}");
+    assert!(near(&found[2], "truck", [200, 100, 50]), "{found:?}");
+    place.add("data_batch_1.bin", &[1; 100]);
+    let error = place.pack(&place.source()).unwrap_err().to_string();
+    assert!(error.contains("data_batch_1.bin is not a file of CIFAR's"), "{error}");
+}
+
+/// Bounded by a number of cases, not by time, so that it does the same on every machine.
+#[test]
+fn a_source_tar_with_changed_bytes_is_packed_or_an_error() {
+    let mut random = 9_u64;
+    let mut below = |limit: usize| {
+        random =
+            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(random >> 33).unwrap() % limit
+    };
+    let members = [
+        ("a.jpg", photo(1)),
+        ("a.cls", b"1".to_vec()),
+        ("b.jpg", photo(2)),
+        ("b.cls", b"0".to_vec()),
+    ];
+    let members: Vec<(&str, &[u8])> =
+        members.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
+    let whole = tar(&members);
+    let (mut packed, mut refused) = (0, 0);
+    for _ in 0..400 {
+        let place = Place::new();
+        let mut damaged = whole.clone();
+        for _ in 0..=below(3) {
+            // Mostly headers: 512 bytes before each member.
+            let at = below(damaged.len());
+            let at = if below(4) == 0 { at } else { at / 512 * 512 + below(160).min(511) };
+            damaged[at.min(whole.len() - 1)] = below(256).to_le_bytes()[0];
+        }
+        if below(6) == 0 {
+            damaged.truncate(below(damaged.len()));
+        }
+        place.add("x.tar", &damaged);
+        match place.pack(&place.source()) {
+            Ok(_) => {
+                verify(&place.out("out"), "train", &mut |_| ()).unwrap();
+                packed += 1;
+            }
+            Err(error) => {
+                assert!(!error.to_string().is_empty());
+                refused += 1;
+            }
+        }
+    }
+    assert!(packed > 10 && refused > 10, "{packed} packed, {refused} refused");
+}

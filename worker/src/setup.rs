@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use cluster::{RunConfig, RunId};
 use model::{AdamWConfig, Architecture, LossConfig, ModelConfig, Schedule, ScheduleConfig};
-use recipe::{Crop, Precision, Recipe};
-use shards::{Augment, BatchPlan, Dataset, Transform};
+use recipe::{Precision, Recipe};
+use shards::{BatchPlan, Dataset, Mixing, OnCorruptSample, Transform};
 use tch::Kind;
+
+mod images;
 
 /// All that follows from the recipe and the dataset. The same on every worker of a run.
 #[derive(Debug)]
@@ -28,6 +30,10 @@ pub struct Setup {
     /// Which samples a micro-batch takes. A step of this plan is one micro-batch of every virtual rank:
     /// `update_freq` of them make an optimizer update.
     pub batches: BatchPlan,
+    /// How the images of a micro-batch are mixed. None: they are not.
+    pub mixing: Option<Mixing>,
+    /// What is done about a damaged sample that is to be trained on.
+    pub on_corrupt: OnCorruptSample,
     /// The split that is trained on.
     pub training: Split,
     /// The split that is evaluated.
@@ -93,20 +99,22 @@ impl Setup {
             |section: &'static str| move |problem: String| SetupError::Section { section, problem };
         let architecture = architecture(&recipe)?;
         let precision = short_kind(recipe.precision).map_err(in_section("(top level)"))?;
-        let augment = augment(&recipe);
+        let augment = images::augment(&recipe)?;
+        let (mixing, on_corrupt) = (images::mixing(&recipe)?, images::on_corrupt(&recipe));
         let transforms = Transform::training(&augment, recipe.model.input_size, recipe.seed)
             .and_then(|train| {
                 Ok((train, Transform::evaluation(&augment, recipe.model.input_size)?))
             });
         let (train, evaluate) =
-            transforms.map_err(|error| in_section("[data]")(error.to_string()))?;
+            transforms.map_err(|error| in_section("[data] or [augment]")(error.to_string()))?;
         let training = split(&recipe, "train", &recipe.data.train, train)?;
         let validation = split(&recipe, "validation", &recipe.data.validation, evaluate)?;
 
         let samples = training.dataset.len();
         let (ranks, batch, seed) = (recipe.virtual_ranks, recipe.batch_size, recipe.seed);
         let batches = BatchPlan::new(samples, ranks, batch, seed)
-            .map_err(|error| in_section("(top level)")(error.to_string()))?;
+            .map_err(|error| in_section("(top level)")(error.to_string()))?
+            .with_shuffle(images::shuffle(&recipe));
         let plan = recipe
             .plan(run, samples, 1)
             .map_err(|error| in_section("(top level)")(error.problems.join("; ")))?;
@@ -122,6 +130,8 @@ impl Setup {
             optimizer,
             schedule,
             batches,
+            mixing,
+            on_corrupt,
             training,
             validation,
         })
@@ -231,25 +241,6 @@ fn schedule_config(recipe: &Recipe) -> ScheduleConfig {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "pixels are normalised in f32")]
-fn augment(recipe: &Recipe) -> Augment {
-    let d = &recipe.data;
-    Augment {
-        crop: match d.crop {
-            Crop::RandomResized => shards::Crop::RandomResized,
-            Crop::Padded => shards::Crop::Padded,
-            Crop::None => shards::Crop::None,
-        },
-        scale: d.crop_scale,
-        ratio: d.crop_ratio,
-        flip_probability: d.flip_probability,
-        crop_pct: d.crop_fraction,
-        mean: d.mean.map(|value| value as f32),
-        std: d.std.map(|value| value as f32),
-        ..Augment::default()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,5 +273,27 @@ mod tests {
         assert!(problem("precision = \"f16\"").contains("precision = f16 needs a GPU"));
         let unknown = problem("dropout = 2.0");
         assert!(unknown.contains("dropout"), "{unknown}");
+    }
+
+    #[test]
+    fn what_is_done_to_images_is_as_the_recipe_says() {
+        let with = |lines: &str| {
+            let digits = recipe::built_in("digits", &[]).unwrap().to_toml();
+            let table = format!("[augment]\n{lines}\n");
+            let kept = digits.split_once("[augment]").map(|(before, rest)| {
+                let after = rest.split_once("\n[").map_or("", |(_, after)| after);
+                format!("{before}[{after}")
+            });
+            let text = format!("{}\n{table}", kept.unwrap());
+            Setup::new(RunId::try_from("toy".to_owned()).unwrap(), &text)
+        };
+        let setup = with("mixup = 0.8\nreprob = 0.25\naa = \"rand-m9-mstd0.5-inc1\"").unwrap();
+        assert_eq!(setup.mixing.map(|mixing| mixing.mixup), Some(0.8));
+        assert_eq!(setup.training.transform.erasures_max(), 1);
+        assert_eq!(setup.validation.transform.erasures_max(), 0);
+        assert_eq!(with("reprob = 0.5\nrecount = 3").unwrap().training.transform.erasures_max(), 3);
+        assert!(with("mixup = 0.8\nmixup_prob = 0.0").unwrap().mixing.is_none());
+        let refused = with("aa = \"augmix-m5\"").unwrap_err().to_string();
+        assert!(refused.contains("[augment]: aa: augmentation \"augmix-m5\""), "{refused}");
     }
 }

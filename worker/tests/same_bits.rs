@@ -20,13 +20,17 @@ use worker::{
     train::{Formation, KeepAt, Orders, Told, Trainer},
 };
 
-const RECIPE: [&str; 6] = [
+const RECIPE: [&str; 10] = [
     "virtual_ranks=4",
     "batch_size=4",
     "max_steps=4",
     "model.dropout=0.1",
     "evaluate_every_epochs=0",
     "schedule.warmup_epochs=0",
+    "augment.aa=rand-m9-mstd0.5-inc1",
+    "augment.reprob=0.5",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
 ];
 
 /// A training thread, as its agent would see it.

@@ -4,9 +4,12 @@
 //! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod clothing;
 mod data;
 mod figures;
 mod histories;
+mod instructions;
+mod reader;
 mod recovery;
 mod steady;
 
@@ -25,24 +28,39 @@ pub(crate) enum Benchmark {
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
     Histories(histories::Arguments),
+    /// Pack photographs of clothing and train on them with the whole recipe.
+    Clothing(clothing::Arguments),
     /// Images a core prepares in a second, ours and a Python pipeline's.
     Data(data::Options),
+    /// How many instructions an image takes, held to a limit.
+    Instructions(instructions::Arguments),
+    /// What reading a sample costs: finding it, reading it, checking it.
+    Reader(reader::Arguments),
     /// Any other name, with its arguments, is one of `percheron bench`.
     #[command(external_subcommand)]
     OfPercheron(Vec<OsString>),
 }
 
+/// What CI holds to a limit: counts, which are the same on a busy machine.
+pub(crate) fn check(workspace: &Workspace) -> Result<()> {
+    instructions::run(workspace, &instructions::Arguments::default())
+}
+
 pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
-    if let Benchmark::Data(options) = benchmark {
-        return data::run(workspace, options); // It needs no torch.
+    let without_torch =
+        matches!(benchmark, Benchmark::Data(_) | Benchmark::Instructions(_) | Benchmark::Reader(_));
+    if !without_torch {
+        setup::run(workspace)?;
+        test::build(workspace)?;
     }
-    setup::run(workspace)?;
-    test::build(workspace)?;
     match benchmark {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
+        Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),
+        Benchmark::Instructions(arguments) => instructions::run(workspace, arguments),
+        Benchmark::Reader(arguments) => reader::run(workspace, arguments),
         Benchmark::OfPercheron(arguments) => {
             process::run(workspace.binary("percheron").arg("bench").args(arguments))
         }

@@ -3,9 +3,10 @@
 use anyhow::Result;
 
 use crate::workspace::Workspace;
-use crate::{lint, test};
+use crate::{bench, lint, test};
 
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     lint::run(workspace)?;
+    bench::check(workspace)?;
     test::run(workspace)
 }

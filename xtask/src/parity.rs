@@ -1,7 +1,7 @@
 //! `cargo xtask parity DIR`: compares what is built here with a folder of the reference's numbers.
 //!
-//! A crate that reproduces such numbers has an example `parity`, which examines the files it knows and prints
-//! what it found as JSON. This joins their answers. xtask itself does not link torch.
+//! A crate that reproduces such numbers has an example which examines the files it knows and prints what it
+//! found as JSON. This joins their answers. xtask itself does not link torch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{self, PathBuf};
@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::workspace::Workspace;
 
-/// The crates that have an example `parity`.
-const EXAMINERS: [&str; 1] = ["model"];
+/// Crates with such an example, and its name.
+const EXAMINERS: [(&str, &str); 2] = [("model", "parity"), ("shards", "parity_images")];
 
 /// Files of the goldens' format that hold no numbers: explanations.
 const EXPLANATIONS: [&str; 1] = ["README.md"];
@@ -75,7 +75,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         Command::new(std::env::current_exe()?).arg("setup").stdout(std::io::stderr()).status();
     anyhow::ensure!(set_up.context("cannot start setup")?.success(), "setup failed");
     let answers = EXAMINERS
-        .map(|examiner| ask(workspace, examiner, &dir).with_context(|| format!("crate {examiner}")))
+        .map(|(name, example)| {
+            ask(workspace, name, example, &dir).with_context(|| format!("crate {name}"))
+        })
         .into_iter()
         .collect::<Result<Vec<Answer>>>()?;
     let answer = joined(answers);
@@ -96,15 +98,15 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 }
 
 /// Builds and runs the example of one crate.
-fn ask(workspace: &Workspace, examiner: &str, dir: &path::Path) -> Result<Answer> {
-    let arguments = ["--quiet", "--release", "--package", examiner, "--example", "parity"];
+fn ask(workspace: &Workspace, name: &str, example: &str, dir: &path::Path) -> Result<Answer> {
+    let arguments = ["--quiet", "--release", "--package", name, "--example", example];
     let built = workspace.cargo(&["build"]).args(arguments).stdout(std::io::stderr()).status()?;
-    anyhow::ensure!(built.success(), "the example parity does not build");
-    let program = workspace.target.join("release/examples/parity");
+    anyhow::ensure!(built.success(), "the example {example} does not build");
+    let program = workspace.target.join("release/examples").join(example);
     let output = workspace.command(program).arg(dir).stderr(Stdio::inherit()).output()?;
     // 1 says that something differs, which is an answer too.
     let answered = matches!(output.status.code(), Some(0 | 1));
-    anyhow::ensure!(answered, "the example parity failed ({})", output.status);
+    anyhow::ensure!(answered, "the example {example} failed ({})", output.status);
     serde_json::from_slice(&output.stdout).context("its answer is not what was agreed")
 }
 

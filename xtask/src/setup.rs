@@ -38,6 +38,11 @@ pub(crate) fn cargo_deny(workspace: &Workspace) -> Result<()> {
         .context("no cargo-deny: try `cargo install --locked cargo-deny`")
 }
 
+/// Gets valgrind, which only counting instructions needs.
+pub(crate) fn valgrind() -> Result<()> {
+    system::install_missing(&system::VALGRIND)
+}
+
 /// Gets cargo-nextest if that is easy: `cargo test` can stand in for it.
 fn nextest(workspace: &Workspace) {
     if process::answers(workspace.command("cargo").args(["nextest", "--version"])) {

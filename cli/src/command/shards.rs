@@ -1,16 +1,22 @@
 //! `percheron shards`: faces of the `shards` library.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use ::shards::{
-    Dataset, OpenError, PackOptions, VerifyError, pack, pack::OnCorrupt, verify,
-    verify::VerifyReport,
+    Dataset, Manifest, OpenError, PackOptions, VerifyError, index_tars, pack, pack::OnCorrupt,
+    pack::PackProgress, stats, unpack, verify, verify::VerifyReport,
 };
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use crate::print;
+
+mod describe;
 
 /// The splits that are looked for if none is named.
 const USUAL_SPLITS: [&str; 2] = ["train", "val"];
@@ -22,8 +28,28 @@ pub(crate) enum Command {
     Pack(Pack),
     /// Read every byte of a dataset and check it.
     Verify(Location),
-    /// Show what a dataset holds.
+    /// Show what a dataset is.
     Inspect(Location),
+    /// Show what a dataset holds: sizes, kinds of images, samples of each class.
+    Stats(Stats),
+    /// Make WebDataset tars a dataset where they lie: an index beside each, and a manifest.
+    Index(Index),
+    /// Write the images of a dataset to folders, one a class.
+    Unpack(Unpack),
+}
+
+/// What the manifest says about where the images come from.
+#[derive(Debug, Args)]
+pub(crate) struct Provenance {
+    /// What the manifest says was packed [default: the name of SRC].
+    #[arg(long, value_name = "TEXT")]
+    provenance: Option<String>,
+    /// Who is to be named when the data is used.
+    #[arg(long, value_name = "TEXT")]
+    attribution: Option<String>,
+    /// Terms under which the data may be used.
+    #[arg(long, value_name = "TEXT")]
+    licence: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -44,15 +70,38 @@ pub(crate) struct Pack {
     /// Leave corrupt files out and name them in the manifest, instead of stopping at the first.
     #[arg(long)]
     skip_corrupt: bool,
-    /// What the manifest says was packed [default: the name of SRC].
-    #[arg(long, value_name = "TEXT")]
-    provenance: Option<String>,
-    /// Who is to be named when the data is used.
-    #[arg(long, value_name = "TEXT")]
-    attribution: Option<String>,
-    /// Terms under which the data may be used.
-    #[arg(long, value_name = "TEXT")]
-    licence: Option<String>,
+    #[command(flatten)]
+    provenance: Provenance,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Index {
+    /// The folder of the tars: KEY.jpg with KEY.cls, and if there is one a classes.txt with a name a line.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Name of the split: letters, digits, '-' and '_'.
+    #[arg(long, default_value = "train")]
+    split: String,
+    #[command(flatten)]
+    provenance: Provenance,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Unpack {
+    #[command(flatten)]
+    location: Location,
+    /// The folder to write to: the images of a split go to DIR/SPLIT/CLASS.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stats {
+    #[command(flatten)]
+    location: Location,
+    /// One JSON object a split and nothing else.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -75,11 +124,34 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Inspect(location) => {
             for split in location.splits()? {
-                inspect(&Dataset::open(&location.location, &split)?);
+                describe::inspect(&Dataset::open(&location.location, &split)?);
+            }
+        }
+        Command::Stats(Stats { location, json }) => {
+            for split in location.splits()? {
+                let found = stats(&location.location, &split)?;
+                if json {
+                    print::out(&serde_json::json!({ "split": split, "stats": found }).to_string());
+                } else {
+                    describe::stats(&split, &found);
+                }
+            }
+        }
+        Command::Index(arguments) => run_index(arguments)?,
+        Command::Unpack(Unpack { location, out }) => {
+            for split in location.splits()? {
+                run_unpack(&location.location, &split, &out.join(&split))?;
             }
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl Provenance {
+    fn options(self, split: String) -> PackOptions {
+        let Self { provenance: source, attribution, licence } = self;
+        PackOptions { split, source, attribution, licence, ..PackOptions::default() }
+    }
 }
 
 impl Location {
@@ -104,34 +176,54 @@ impl Location {
 }
 
 fn run_pack(arguments: Pack) -> Result<()> {
-    let options = PackOptions {
-        split: arguments.split,
-        seed: arguments.seed,
-        on_corrupt: if arguments.skip_corrupt { OnCorrupt::Skip } else { OnCorrupt::Fail },
-        source: arguments.provenance,
-        attribution: arguments.attribution,
-        licence: arguments.licence,
-    };
+    let on_corrupt = if arguments.skip_corrupt { OnCorrupt::Skip } else { OnCorrupt::Fail };
+    let named = arguments.provenance.options(arguments.split);
+    let options = PackOptions { seed: arguments.seed, on_corrupt, ..named };
     let bar = bar("files");
-    let packed = pack(&arguments.source, &arguments.out, &options, &mut |progress| {
-        bar.set_length(progress.files_total);
-        bar.set_position(progress.files);
-        bar.set_message(HumanBytes(progress.bytes).to_string());
-    });
+    let packed = pack(&arguments.source, &arguments.out, &options, &mut |at| advance(&bar, at));
     bar.finish_and_clear();
     let manifest = packed?;
     print::out(&format!(
-        "packed split {} at {}: {} samples of {} classes in {} shards; {} converted from PNG, {} \
-         left out",
+        "packed split {} at {}: {}; {} converted, {} left out",
         manifest.split,
         arguments.out,
-        print::grouped(manifest.samples),
-        manifest.classes.len(),
-        manifest.shards.len(),
+        in_numbers(&manifest),
         manifest.provenance.converted,
         manifest.provenance.skipped.len(),
     ));
     Ok(())
+}
+
+fn run_index(arguments: Index) -> Result<()> {
+    let options = arguments.provenance.options(arguments.split);
+    let bar = bar("files");
+    let indexed = index_tars(&arguments.folder, &options, &mut |at| advance(&bar, at));
+    bar.finish_and_clear();
+    let manifest = indexed?;
+    let (split, folder) = (&manifest.split, arguments.folder.display());
+    print::out(&format!("indexed split {split} at {folder}: {}", in_numbers(&manifest)));
+    Ok(())
+}
+
+fn run_unpack(location: &str, split: &str, out: &Path) -> Result<()> {
+    let bar = bar("samples");
+    bar.set_length(Dataset::open(location, split)?.len());
+    let unpacked = unpack(location, split, out, &mut |samples| bar.set_position(samples));
+    bar.finish_and_clear();
+    let samples = print::grouped(unpacked?);
+    print::out(&format!("unpacked split {split} to {}: {samples} samples", out.display()));
+    Ok(())
+}
+
+fn advance(bar: &ProgressBar, progress: PackProgress) {
+    bar.set_length(progress.files_total);
+    bar.set_position(progress.files);
+    bar.set_message(HumanBytes(progress.bytes).to_string());
+}
+
+fn in_numbers(manifest: &Manifest) -> String {
+    let (samples, classes) = (print::grouped(manifest.samples), manifest.classes.len());
+    format!("{samples} samples of {classes} classes in {} shards", manifest.shards.len())
 }
 
 fn run_verify(location: &str, split: &str) -> Result<(), VerifyError> {
@@ -158,42 +250,4 @@ fn bar(unit: &str) -> ProgressBar {
     let bar = ProgressBar::no_length().with_style(style);
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
-}
-
-fn inspect(dataset: &Dataset) {
-    let manifest = dataset.manifest();
-    let archives = dataset.indexes().iter().map(|index| index.tar_length).sum();
-    let records = || dataset.indexes().iter().flat_map(|index| &index.records);
-    let images: u64 = records().map(|record| u64::from(record.length)).sum();
-    let side = |side: fn(u16, u16) -> u16| {
-        let sides = records().map(|record| side(record.width, record.height));
-        let (least, most) = (sides.clone().min().unwrap_or(0), sides.max().unwrap_or(0));
-        if least == most { format!("{least} px") } else { format!("{least} to {most} px") }
-    };
-    let provenance = &manifest.provenance;
-    print::out(&format!("split {}", manifest.split));
-    let row = |name: &str, value: String| print::out(&format!("  {name:<12} {value}"));
-    row("samples", print::grouped(manifest.samples));
-    row("classes", format!("{} ({})", manifest.classes.len(), some_of(&manifest.classes)));
-    row("shards", format!("{}, {}", manifest.shards.len(), HumanBytes(archives)));
-    row("images", format!("{} on average", HumanBytes(images / manifest.samples.max(1))));
-    row("short side", side(u16::min));
-    row("long side", side(u16::max));
-    row("source", format!("{}, packed with seed {}", provenance.source, provenance.seed));
-    row("converted", format!("{} images from PNG", provenance.converted));
-    if !provenance.skipped.is_empty() {
-        row("left out", format!("{} corrupt files", provenance.skipped.len()));
-    }
-    if let Some(attribution) = &provenance.attribution {
-        row("attribution", attribution.clone());
-    }
-    if let Some(licence) = &provenance.licence {
-        row("licence", licence.clone());
-    }
-}
-
-fn some_of(names: &[String]) -> String {
-    const SHOWN_MAX: usize = 10;
-    let shown = names.iter().take(SHOWN_MAX).cloned().collect::<Vec<_>>().join(", ");
-    if names.len() > SHOWN_MAX { format!("{shown}, …") } else { shown }
 }

@@ -7,7 +7,7 @@ use checkpoint::{Checkpoint, LoadError, Store, committed_steps, quarantine};
 use cluster::{Ledger, Outcome, Record, RunConfig, RunId, Step};
 use coordinator::EventLog;
 use recipe::Recipe;
-use shards::Dataset;
+use shards::{Dataset, RandAugment};
 
 use crate::{
     history, print,
@@ -189,8 +189,11 @@ fn absolute(location: &str) -> Result<String> {
     Ok(text.to_owned())
 }
 
-/// Opens both splits; returns the number of training samples.
+/// Checks what the recipe says about images and opens both splits; returns the number of training samples.
 fn check_dataset(recipe: &Recipe) -> Result<u64> {
+    if let Some(aa) = &recipe.augment.aa {
+        RandAugment::parse(aa).context("key \"augment.aa\"")?;
+    }
     let location = &recipe.data.location;
     let open = |key: &str, split: &str| {
         Dataset::open(location, split).with_context(|| format!("key \"data.{key}\""))

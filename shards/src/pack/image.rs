@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 
+use super::raw::{Layout, RawPixels, interleaved};
 use crate::{
     index::{Flags, Record},
     jpeg::{self, Chroma, Header, JpegError, Pixels},
@@ -68,8 +69,15 @@ pub(crate) struct Checker {
 }
 
 impl Checker {
-    pub(crate) fn check(&mut self, contents: Vec<u8>) -> Result<Image, CorruptImage> {
-        if contents.starts_with(b"\xFF\xD8") {
+    /// `raw` says what the contents are if they are no encoded image.
+    pub(crate) fn check(
+        &mut self,
+        contents: Vec<u8>,
+        raw: Option<RawPixels>,
+    ) -> Result<Image, CorruptImage> {
+        if let Some(raw) = raw {
+            self.check_jpeg(raw_to_jpeg(contents, raw)?, Flags::RE_ENCODED)
+        } else if contents.starts_with(b"\xFF\xD8") {
             self.check_jpeg(contents, Flags::default())
         } else if contents.starts_with(b"\x89PNG") {
             self.check_jpeg(png_to_jpeg(&contents)?, Flags::RE_ENCODED)
@@ -126,6 +134,16 @@ fn png_to_jpeg(contents: &[u8]) -> Result<Vec<u8>, CorruptImage> {
         png::ColorType::Rgb | png::ColorType::Indexed => (decoded, Pixels::Rgb),
     };
     Ok(jpeg::encode(&pixels, width, height, layout, CONVERTED_QUALITY)?)
+}
+
+/// Encodes raw pixels at the highest quality.
+fn raw_to_jpeg(contents: Vec<u8>, raw: RawPixels) -> Result<Vec<u8>, CorruptImage> {
+    let RawPixels { width, height, layout } = raw;
+    let (pixels, kind) = match layout {
+        Layout::Grey => (contents, Pixels::Grey),
+        Layout::Planes => (interleaved(&contents), Pixels::Rgb),
+    };
+    Ok(jpeg::encode(&pixels, width, height, kind, CONVERTED_QUALITY)?)
 }
 
 /// Pixels of `channels` bytes without the last, which is alpha.

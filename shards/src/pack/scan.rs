@@ -6,8 +6,10 @@
 //! * WebDataset tars, a folder of them or one: `KEY.jpg` with `KEY.cls`. The classes' names are the
 //!   lines of `classes.txt` in the folder, or else the indices;
 //! * ImageNet's training tar, or any tar of tars: one tar a class, named for it; or a folder of these;
+//! * a tar of an image folder, in which an image's class is the folder it is in;
 //! * a tar of images, as ImageNet's validation tar, with a text file beside it (`NAME.txt` for
-//!   `NAME.tar`) that has a line `FILE CLASS` for each image.
+//!   `NAME.tar`) that has a line `FILE CLASS` for each image;
+//! * a file of raw pixels, as MNIST's and CIFAR's: see `raw`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +20,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::PackError;
+use super::{
+    PackError,
+    raw::{self, RawPixels},
+};
 use crate::format;
 
 /// File extensions that are taken, in lower case. What a file is, its first bytes decide.
@@ -38,9 +43,23 @@ pub(crate) struct SourceFile {
     file: PathBuf,
     /// Where in that file they begin.
     offset: u64,
+    /// What the bytes are if they are no encoded image.
+    pub(crate) raw: Option<RawPixels>,
 }
 
 impl SourceFile {
+    /// An image that is raw pixels in a file of many.
+    pub(super) fn raw(
+        name: String,
+        label: u32,
+        file: PathBuf,
+        offset: u64,
+        length: u64,
+        pixels: RawPixels,
+    ) -> Self {
+        Self { name, label, length, file, offset, raw: Some(pixels) }
+    }
+
     /// The path that a message names: for a member of a tar, as if the tar were a folder.
     pub(crate) fn path(&self, source: &Path) -> PathBuf {
         source.join(&self.name)
@@ -75,6 +94,9 @@ pub(crate) struct Listing {
 }
 
 pub(crate) fn scan(source: &Path) -> Result<Listing, PackError> {
+    if let Some(listing) = raw::scan(source)? {
+        return Ok(listing);
+    }
     if source.is_file() {
         return scan_tars(source, &[source.to_owned()]);
     }
@@ -131,7 +153,7 @@ fn collect_images(
             let unread = |source| PackError::Read { path: path.clone(), source };
             let length = fs::metadata(&path).map_err(unread)?.len();
             let name = path.strip_prefix(source).unwrap_or(&path).display().to_string();
-            files.push(SourceFile { name, label, length, file: path, offset: 0 });
+            files.push(SourceFile { name, label, length, file: path, offset: 0, raw: None });
         }
     }
     Ok(())
@@ -242,6 +264,7 @@ impl Tar {
             length: member.length,
             file: self.path.clone(),
             offset: member.offset,
+            raw: None,
         }
     }
 
@@ -275,7 +298,10 @@ fn scan_tars(source: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
     } else if source.is_dir() {
         by_class(tars)?
     } else {
-        return Err(PackError::NoLabels { tar: source.to_owned(), labels: labels(&tars[0]) });
+        by_folder(&tars).ok_or_else(|| PackError::NoLabels {
+            tar: source.to_owned(),
+            labels: labels(&tars[0]),
+        })?
     };
     if listing.files.is_empty() {
         return Err(PackError::NoClasses(source.to_owned()));
@@ -369,6 +395,18 @@ fn by_class(tars: Vec<Tar>) -> Result<Listing, PackError> {
     Ok(Listing { classes: classes.into_keys().collect(), files })
 }
 
+/// An image folder in a tar: an image's class is the folder that it is in. None if one is in no folder.
+fn by_folder(tars: &[Tar]) -> Option<Listing> {
+    let mut found = Vec::new();
+    for tar in tars {
+        for member in tar.files.iter().filter(|member| is_image(&member.name)) {
+            let class = member.name.parent()?.file_name()?.to_str()?;
+            found.push((class.to_owned(), tar.file(member, 0)));
+        }
+    }
+    Some(in_sorted_classes(found))
+}
+
 /// Images without order, and text files that say their classes.
 fn labelled(tars: &[Tar], labels: impl Fn(&Tar) -> PathBuf) -> Result<Listing, PackError> {
     let mut found = Vec::new();
@@ -385,6 +423,11 @@ fn labelled(tars: &[Tar], labels: impl Fn(&Tar) -> PathBuf) -> Result<Listing, P
             found.push((class.trim().to_owned(), tar.file(member, 0)));
         }
     }
+    Ok(in_sorted_classes(found))
+}
+
+/// Images with their classes' names: a class's index is the place of its name in sorted order.
+fn in_sorted_classes(found: Vec<(String, SourceFile)>) -> Listing {
     let classes: BTreeSet<&String> = found.iter().map(|(class, _)| class).collect();
     let classes: Vec<String> = classes.into_iter().cloned().collect();
     let mut files = Vec::with_capacity(found.len());
@@ -393,5 +436,5 @@ fn labelled(tars: &[Tar], labels: impl Fn(&Tar) -> PathBuf) -> Result<Listing, P
         file.label = u32::try_from(label).expect("no more classes than images, which have ids");
         files.push(file);
     }
-    Ok(Listing { classes, files })
+    Listing { classes, files }
 }

@@ -168,7 +168,9 @@ impl Stepper {
         let forward = || state.network().forward_train(&images, draws);
         let exits = libtorch::autocast(images.device(), setup.precision, forward)?;
         let exits = exits.to_kind(Kind::Float); // Losses, KD included, are f32.
-        let losses = multi_exit(&exits, Targets::Labels(&labels), &setup.loss);
+        let mixed = mixed_targets(batch); // [B, K]
+        let targets = mixed.as_ref().map_or(Targets::Labels(&labels), Targets::Soft);
+        let losses = multi_exit(&exits, targets, &setup.loss);
         orders.check()?; // The backward pass takes longer than all before it.
         let share = &losses.total / f64::from(setup.recipe.update_freq);
         state.network().gradients(&share, &mut self.gradients)?;
@@ -181,6 +183,12 @@ pub(crate) fn tensors(batch: &MicroBatch) -> (Tensor, Tensor) {
     let side = to_i64(batch.size);
     let images = Tensor::from_slice(&batch.images).view([-1, 3, side, side]);
     (images, Tensor::from_slice(&batch.labels))
+}
+
+/// What the exits should say of a micro-batch whose images are mixed, `[B, K]` f32.
+fn mixed_targets(batch: &MicroBatch) -> Option<Tensor> {
+    let rows = to_i64(batch.labels.len());
+    (!batch.targets.is_empty()).then(|| Tensor::from_slice(&batch.targets).view([rows, -1]))
 }
 
 fn to_i64(size: usize) -> i64 {

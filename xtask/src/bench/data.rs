@@ -11,6 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
+use super::instructions;
 use crate::process;
 use crate::workspace::Workspace;
 
@@ -18,6 +19,9 @@ use crate::workspace::Workspace;
 const TIMM: [&str; 5] =
     ["numpy==1.26.4", "pillow==9.5.0", "torch==2.11.0", "torchvision==0.26.0", "timm==1.0.31"];
 const TIMM_SCRIPT: &str = include_str!("timm_pillow.py");
+
+const DALI: [&str; 2] = ["nvidia-dali-cuda130==2.4.0", "numpy==2.1.3"];
+const DALI_SCRIPT: &str = include_str!("dali_cpu.py");
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -46,6 +50,36 @@ pub(crate) struct Options {
 enum Peer {
     /// timm on Pillow 9.5.
     Timm,
+    /// NVIDIA DALI on the CPU, with its cubic filter; it has no counterpart of the recipe `full`.
+    Dali,
+}
+
+impl Peer {
+    fn script(self) -> &'static str {
+        match self {
+            Self::Timm => TIMM_SCRIPT,
+            Self::Dali => DALI_SCRIPT,
+        }
+    }
+
+    /// The name of its environment, its packages, and a program that ends well where they are.
+    fn packages(self) -> (&'static str, &'static [&'static str], &'static str) {
+        match self {
+            Self::Timm => (
+                "bench-timm",
+                &TIMM,
+                "import timm, torchvision, PIL; assert PIL.__version__ == '9.5.0'",
+            ),
+            Self::Dali => ("bench-dali", &DALI, "import nvidia.dali.fn"),
+        }
+    }
+
+    fn knows(self, recipe: &str) -> bool {
+        match self {
+            Self::Timm => true,
+            Self::Dali => recipe == "crop",
+        }
+    }
 }
 
 /// Images a core and second.
@@ -64,17 +98,19 @@ impl Speeds {
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let images = std::path::absolute(&options.images)?;
     ensure!(images.is_dir(), "there is no folder {}", images.display());
-    let mut build = workspace.cargo(&["build"]);
-    process::output(build.args(["--release", "-p", "shards", "--example", "bench_data"]))?;
+    instructions::build(workspace)?;
     let python = match (options.against, &options.python) {
         (None, _) => None,
-        (Some(Peer::Timm), Some(python)) => Some(python.clone()),
-        (Some(Peer::Timm), None) => Some(prepare_python(workspace)?),
+        (Some(peer), Some(python)) => Some((peer, python.clone())),
+        (Some(peer), None) => Some((peer, prepare_python(workspace, peer)?)),
     };
-    let crop = compare(workspace, &images, "crop", python.as_deref(), options.passes)?;
-    let full = compare(workspace, &images, "full", python.as_deref(), options.passes)?;
+    let measure = |recipe: &str| {
+        let peer = python.as_ref().filter(|(peer, _)| peer.knows(recipe));
+        compare(workspace, &images, recipe, peer, options.passes)
+    };
+    let (crop, full) = (measure("crop")?, measure("full")?);
     let instructions =
-        options.instructions.then(|| instructions(workspace, &images)).transpose()?;
+        options.instructions.then(|| instructions::count(workspace, &images)).transpose()?;
     if options.json {
         println!("{}", json(crop, full, instructions));
     } else {
@@ -86,49 +122,17 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What two more passes take, so that starting and reading the files do not count.
-fn instructions(workspace: &Workspace, images: &Path) -> Result<f64> {
-    let report = workspace.target.join("callgrind.out");
-    let run = |passes: &str| {
-        let mut valgrind = workspace.command("valgrind");
-        valgrind.arg("--tool=callgrind").arg(joined("--callgrind-out-file=", &report));
-        valgrind.arg(workspace.target.join("release/examples/bench_data"));
-        valgrind.arg(images).args(["--passes", passes]);
-        valgrind.stderr(Stdio::null());
-        let output = valgrind.output().context("cannot start valgrind: install it")?;
-        ensure!(output.status.success(), "valgrind failed ({})", output.status);
-        let text = std::fs::read_to_string(&report)?;
-        let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-        let images = said["images"].as_f64().context("the program says how many images")?;
-        Ok::<_, anyhow::Error>((total(&text).context("callgrind's file has a total")?, images))
-    };
-    let ((one, images), (three, _)) = (run("1")?, run("3")?);
-    Ok((three - one) / (2.0 * images))
-}
-
-fn joined(option: &str, path: &Path) -> std::ffi::OsString {
-    let mut joined = std::ffi::OsString::from(option);
-    joined.push(path);
-    joined
-}
-
-/// The sum of instructions in a file of callgrind's.
-fn total(report: &str) -> Option<f64> {
-    let line = |name| report.lines().find_map(|line| line.strip_prefix(name));
-    line("totals:").or_else(|| line("summary:"))?.trim().parse().ok()
-}
-
 /// An environment with the peer's packages, made once.
-fn prepare_python(workspace: &Workspace) -> Result<PathBuf> {
-    let folder = workspace.cache.join("bench-timm");
+fn prepare_python(workspace: &Workspace, peer: Peer) -> Result<PathBuf> {
+    let (name, packages, test) = peer.packages();
+    let folder = workspace.cache.join(name);
     let python = folder.join("bin/python");
-    let imports = ["-c", "import timm, torchvision, PIL; assert PIL.__version__ == '9.5.0'"];
-    if process::answers(workspace.command(&python).args(imports)) {
+    if process::answers(workspace.command(&python).args(["-c", test])) {
         return Ok(python);
     }
     process::output(workspace.command("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
     let pip = ["-m", "pip", "install", "--quiet", "--only-binary=:all:"];
-    process::output(workspace.command(&python).args(pip).args(TIMM)).context(
+    process::output(workspace.command(&python).args(pip).args(packages)).context(
         "the peer's packages cannot be installed; --python names a Python that has them",
     )?;
     Ok(python)
@@ -138,16 +142,16 @@ fn compare(
     workspace: &Workspace,
     images: &Path,
     recipe: &str,
-    python: Option<&Path>,
+    peer: Option<&(Peer, PathBuf)>,
     passes: u32,
 ) -> Result<Speeds> {
     let mut ours = workspace.binary("examples/bench_data");
     let mut ours =
         Runner::start(ours.arg(images).args(["--recipe", recipe, "--interactive", "on"]))?;
-    let mut peer = python
-        .map(|python| {
-            let mut peer = workspace.command(python);
-            Runner::start(peer.args(["-c", TIMM_SCRIPT]).arg(images).arg(recipe))
+    let mut peer = peer
+        .map(|(peer, python)| {
+            let mut program = workspace.command(python);
+            Runner::start(program.args(["-c", peer.script()]).arg(images).arg(recipe))
         })
         .transpose()?;
     if let Some(peer) = &peer {
@@ -271,12 +275,6 @@ mod tests {
         assert!(object["ratio_crop"].is_null());
         assert_eq!(object["instructions_per_image"], 1.0);
         assert!(table(alone, CROP).contains("900       -       -"), "{}", table(alone, CROP));
-    }
-
-    #[test]
-    fn callgrinds_total_is_found() {
-        assert_eq!(total("events: Ir\nsummary: 12\n\ntotals: 1234\n"), Some(1234.0));
-        assert_eq!(total("events: Ir\n"), None);
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::process;
 use crate::workspace::Workspace;
 
 /// A run of `percheron up`.
 pub(super) struct Training<'a> {
+    pub(super) recipe: &'a str,
     pub(super) workers: u32,
     pub(super) chaos: &'a str,
     pub(super) sets: &'a [String],
@@ -34,16 +35,20 @@ pub(super) struct Outcome {
     pub(super) worker_rss_bytes: Vec<(u64, u64)>,
 }
 
-/// Top-1 of the merge exit, in percent.
-#[derive(Debug, Deserialize)]
+/// Top-1 of the four exits, in percent.
+#[derive(Debug, Deserialize, Serialize)]
 pub(super) struct Top1 {
+    pub(super) early3: f64,
+    pub(super) att: f64,
+    pub(super) cnn: f64,
     pub(super) merge: f64,
 }
 
-/// Trains the digits and returns what came out. Progress goes to the terminal.
+/// Trains and returns what came out. Progress goes to the terminal.
 pub(super) fn train(workspace: &Workspace, training: &Training<'_>) -> Result<Outcome> {
     let mut up = workspace.binary("percheron");
-    up.args(["up", "--recipe", "digits", "--json", "--workers"]).arg(training.workers.to_string());
+    up.args(["up", "--recipe", training.recipe, "--json", "--workers"]);
+    up.arg(training.workers.to_string());
     if !training.chaos.is_empty() {
         up.args(["--chaos", training.chaos]);
     }

@@ -33,7 +33,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     for (number, (workers, chaos)) in HISTORIES.into_iter().enumerate() {
         let run_dir = folder.path().join(format!("history-{number}"));
         println!("history {}: {workers} workers, {}", number + 1, name(chaos));
-        let training = Training { workers, chaos, sets: &arguments.sets, run_dir: &run_dir };
+        let training =
+            Training { recipe: "digits", workers, chaos, sets: &arguments.sets, run_dir: &run_dir };
         outcomes.push(train(workspace, &training)?);
     }
     println!("\nworkers  faults -> state, generations, repeated steps, merge top-1 (weights, EMA)");

@@ -37,6 +37,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let outcome = train(
         workspace,
         &Training {
+            recipe: "digits",
             workers: arguments.workers,
             chaos: &faults.collect::<Vec<_>>().join(","),
             sets: &sets,

@@ -31,6 +31,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let outcome = train(
         workspace,
         &Training {
+            recipe: "digits",
             workers: arguments.workers,
             chaos: "",
             sets: &sets,

@@ -31,6 +31,10 @@ pub(super) const BUILD_TOOLS: [Tool; 4] = [
 const PYTHON: [Tool; 1] =
     [Tool { program: "python3", variable: None, apt: "python3", dnf: "python3" }];
 
+/// Counts instructions.
+pub(super) const VALGRIND: [Tool; 1] =
+    [Tool { program: "valgrind", variable: None, apt: "valgrind", dnf: "valgrind" }];
+
 /// Installs those of `tools` that are not on the search path.
 pub(super) fn install_missing(tools: &[Tool]) -> Result<()> {
     let missing: Vec<&Tool> = tools.iter().filter(|tool| !tool.is_there()).collect();
