@@ -1,5 +1,6 @@
 //! The subcommands.
 
+mod bench;
 mod coordinator;
 mod recipe;
 mod shards;
@@ -26,6 +27,9 @@ pub(crate) enum Command {
     /// Show recipes.
     #[command(subcommand)]
     Recipe(recipe::Command),
+    /// Measure this program on this machine.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Coordinate a run: one small process without torch (`up` starts it by itself).
     #[command(after_help = coordinator::AFTER_HELP)]
     Coordinator(coordinator::Arguments),
@@ -42,6 +46,7 @@ impl Command {
             Self::Status(arguments) => in_runtime(status::run(arguments)),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
+            Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),
             Self::Worker(arguments) => worker::run(arguments),
         }

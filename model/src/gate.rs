@@ -139,3 +139,44 @@ impl<T: Real> Kernel for ProductSums<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn leaves(size: [i64; 4], kind: Kind) -> [Tensor; 2] {
+        let waves = |count: i64| (Tensor::arange(count, (Kind::Double, Device::Cpu)) * 1.3).sin();
+        let rows = waves(size.iter().product()).view([size[0], size[2], size[3], size[1]]);
+        let gate = waves(size[0] * size[1]).view([size[0], size[1]]) + 0.2;
+        [by_channels(&rows), gate].map(|x| x.to_kind(kind).set_requires_grad(true))
+    }
+
+    #[test]
+    fn mean_and_gate_are_those_of_their_definitions_with_their_gradients() {
+        libtorch::init(1).expect("starts");
+        for size in [[2, 3, 5, 7], [1, 17, 1, 1], [3, 8, 2, 3]] {
+            let values = |kind: Kind, own: bool| {
+                let [x, gate] = leaves(size, kind);
+                let (mean, y) = if own {
+                    (channel_mean(&x), gated(&x, &gate))
+                } else {
+                    let mean = x.mean_dim([2_i64, 3].as_slice(), false, None);
+                    (mean, &x * gate.unsqueeze(-1).unsqueeze(-1))
+                };
+                let loss = (&y * &y).sum(Kind::Double) + (&mean * &gate).sum(Kind::Double);
+                let gradients = Tensor::run_backward(&[loss], &[x, gate], false, false);
+                let all = [mean.detach(), y.detach()].into_iter().chain(gradients);
+                all.map(|tensor| tensor.contiguous().to_kind(Kind::Double)).collect::<Vec<_>>()
+            };
+            let defined = values(Kind::Double, false);
+            for (kind, tolerance) in [(Kind::Double, 1e-13), (Kind::Float, 1e-6)] {
+                for (own, defined) in values(kind, true).iter().zip(&defined) {
+                    let far = (own - defined).abs().max().double_value(&[]);
+                    assert!(far < tolerance, "{size:?} {kind:?}: {far:.1e}");
+                }
+            }
+        }
+    }
+}

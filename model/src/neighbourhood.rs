@@ -288,3 +288,49 @@ impl<T: Real> Kernel for Backward<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn leaves(size: [i64; 4], kind: Kind) -> [Tensor; 3] {
+        let waves = |count: i64| (Tensor::arange(count, (Kind::Double, Device::Cpu)) * 1.3).sin();
+        let rows = waves(size.iter().product()).view([size[0], size[2], size[3], size[1]]);
+        let weight = waves(size[1] * 49).view([size[1], 1, 7, 7]);
+        let all = [by_channels(&rows), weight, waves(size[1])];
+        all.map(|x| x.to_kind(kind).set_requires_grad(true))
+    }
+
+    /// The summary and the gradients of map, weight and bias, as f64.
+    fn values(size: [i64; 4], kind: Kind, own: bool) -> Vec<Tensor> {
+        let [x, weight, bias] = leaves(size, kind);
+        let cells = if own {
+            summary(&x, &weight, &bias)
+        } else {
+            let near = x.conv2d(&weight, Some(&bias), [1, 1], [3, 3], [1, 1], size[1]);
+            (near + &x).adaptive_avg_pool2d([7, 7])
+        };
+        let loss = (&cells * &cells).sum(Kind::Double);
+        let gradients = Tensor::run_backward(&[loss], &[x, weight, bias], false, false);
+        let all = std::iter::once(cells.detach()).chain(gradients);
+        all.map(|tensor| tensor.contiguous().to_kind(Kind::Double)).collect()
+    }
+
+    #[test]
+    fn it_is_the_convolution_its_input_and_the_pooling_with_their_gradients() {
+        libtorch::init(1).expect("starts");
+        for (height, width) in [(28, 28), (14, 14), (16, 9), (7, 8), (3, 5), (2, 2), (1, 1)] {
+            let size = [2, 3, height, width];
+            let defined = values(size, Kind::Double, false);
+            for (kind, tolerance) in [(Kind::Double, 1e-13), (Kind::Float, 2e-6)] {
+                for (own, defined) in values(size, kind, true).iter().zip(&defined) {
+                    let far = (own - defined).norm() / defined.norm();
+                    let far = far.double_value(&[]);
+                    assert!(far < tolerance, "{height}×{width} {kind:?}: {far:.1e}");
+                }
+            }
+        }
+    }
+}

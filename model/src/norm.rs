@@ -353,3 +353,101 @@ impl<T: Real> Kernel for GradientApply<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::fused::{by_rows, takes};
+
+    /// `[B, C, H, W]` with channels next to each other, the same in every kind up to rounding.
+    fn map(size: [i64; 4], phase: f64, kind: Kind) -> Tensor {
+        let count = size.iter().product::<i64>();
+        let angles = Tensor::arange(count, (Kind::Double, Device::Cpu)) * 12.9898 + phase;
+        let rows = (angles.sin() * 1.7 + 0.9).view([size[0], size[2], size[3], size[1]]);
+        by_channels(&rows.to_kind(kind))
+    }
+
+    /// Values of one pass: the output, and the gradients of map, weight, bias and shortcut, all as f64.
+    fn pass(size: [i64; 4], kind: Kind, then: u8, own: bool) -> Vec<Tensor> {
+        let leaf = |x: Tensor| x.set_requires_grad(true);
+        let (x, shortcut) = (leaf(map(size, 0.3, kind)), leaf(map(size, 0.7, kind)));
+        let channels = map([size[1], 1, 1, 1], 1.1, kind).view([size[1]]);
+        let (weight, bias) = (leaf(channels.copy()), leaf(channels.flip([0]) * 0.5));
+        let norm = Norm { weight: &weight, bias: &bias, epsilon: 1e-5 };
+        let y = if own {
+            assert!(takes(&x));
+            let then = [Then::Nothing, Then::Relu, Then::AddRelu(&shortcut)][usize::from(then)];
+            batch_norm(&x, &norm, then).0
+        } else {
+            let none = None::<&Tensor>;
+            let y = x.contiguous().batch_norm(
+                Some(&weight),
+                Some(&bias),
+                none,
+                none,
+                true,
+                0.1,
+                1e-5,
+                false,
+            );
+            match then {
+                0 => y,
+                1 => y.relu(),
+                _ => (y + &shortcut).relu(),
+            }
+        };
+        let loss = (&y * map(size, 2.3, kind)).sum(Kind::Double);
+        let leaves = [x, weight, bias, shortcut];
+        let used = if then == 2 { 4 } else { 3 };
+        let gradients = Tensor::run_backward(&[loss], &leaves[..used], false, false);
+        let outputs = std::iter::once(y.detach()).chain(gradients);
+        outputs.map(|tensor| tensor.contiguous().to_kind(Kind::Double)).collect()
+    }
+
+    fn distance(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).norm().double_value(&[]) / b.norm().double_value(&[])
+    }
+
+    #[test]
+    fn values_and_gradients_are_those_of_the_definition_in_double_precision() {
+        libtorch::init(1).expect("starts");
+        for size in [[2, 3, 5, 7], [3, 17, 1, 4], [1, 33, 3, 1], [2, 8, 4, 4]] {
+            for then in 0..3 {
+                let defined = pass(size, Kind::Double, then, false);
+                for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 3e-6)] {
+                    for (own, defined) in pass(size, kind, then, true).iter().zip(&defined) {
+                        let far = distance(own, defined);
+                        assert!(far < tolerance, "{size:?}, {then}, {kind:?}: {far:.1e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_mean_far_from_zero_costs_no_precision_in_the_statistics() {
+        libtorch::init(1).expect("starts");
+        let x = map([2, 4, 9, 9], 0.1, Kind::Float) * 1e-3 + 100.0;
+        let one = Tensor::ones([4], (Kind::Float, Device::Cpu));
+        let norm = Norm { weight: &one, bias: &one.zeros_like(), epsilon: 0.0 };
+        let found = batch_norm(&x, &norm, Then::Nothing).1;
+        let places = x.to_kind(Kind::Double).transpose(0, 1).flatten(1, 3); // [C, B·H·W]
+        let variance = places.var_dim([1_i64].as_slice(), false, false);
+        let variance: Vec<f64> = Vec::try_from(&variance).expect("is f64");
+        for (found, defined) in found.variance.iter().zip(variance) {
+            assert!((found / defined - 1.0).abs() < 1e-6, "{found} {defined}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        libtorch::init(1).expect("starts");
+        let x = map([2, 3, 2, 2], 0.1, Kind::Float);
+        let one = Tensor::ones([3], (Kind::Float, Device::Cpu));
+        let norm = Norm { weight: &(&one * f64::NAN), bias: &one, epsilon: 1e-5 };
+        let y = batch_norm(&x, &norm, Then::Relu).0;
+        assert!(by_rows(&y).isnan().all().int64_value(&[]) == 1);
+    }
+}

@@ -1,7 +1,7 @@
 //! `percheron-worker`: one training process. `percheron up` starts it; so may any supervisor.
 //!
 //! It ends with 0 if the run is done or it was let go, with 2 if it was refused, else with 1; the last
-//! line of standard error then says why.
+//! line of standard error then says why. With `bench-step` as its first argument it measures a training step instead.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
@@ -11,6 +11,7 @@ use cluster::{Exit, Fingerprint, RunId};
 use libtorch::Precision;
 use tracing_subscriber::EnvFilter;
 use worker::agent::{self, Options};
+use worker::bench;
 
 /// One training process of a Percheron run.
 #[derive(Debug, Parser)]
@@ -39,7 +40,13 @@ struct Arguments {
     exit_with_stdin: bool,
 }
 
+/// The first argument that makes this process a benchmark.
+const BENCH_STEP: &str = "bench-step";
+
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|first| first == BENCH_STEP) {
+        return bench_step();
+    }
     let arguments = Arguments::parse();
     let filter =
         EnvFilter::try_from_env("PERCHERON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -51,6 +58,17 @@ fn main() -> ExitCode {
         Ok(Exit::Failed(reason)) => ends_with(1, &reason),
         Err(error) => ends_with(1, &format!("{error:#}")),
     }
+}
+
+#[expect(clippy::print_stdout, reason = "a benchmark reports to its user")]
+fn bench_step() -> ExitCode {
+    let options = bench::Options::parse_from(std::env::args_os().skip(1));
+    match bench::run(&options) {
+        Ok(report) if options.json => println!("{}", report.json()),
+        Ok(report) => print!("{report}"),
+        Err(error) => return ends_with(1, &format!("{:#}", anyhow::Error::from(error))),
+    }
+    ExitCode::SUCCESS
 }
 
 #[expect(clippy::print_stderr, reason = "the last words of a process are for people")]

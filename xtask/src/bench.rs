@@ -9,6 +9,7 @@ mod figures;
 mod histories;
 mod recovery;
 mod steady;
+mod step_against;
 
 use std::ffi::OsString;
 
@@ -25,6 +26,8 @@ pub(crate) enum Benchmark {
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
     Histories(histories::Arguments),
+    /// Time a training step, in turns with other builds of the worker or with PyTorch.
+    StepAgainst(step_against::Arguments),
     /// Images a core prepares in a second, ours and a Python pipeline's.
     Data(data::Options),
     /// Any other name, with its arguments, is one of `percheron bench`.
@@ -42,6 +45,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
+        Benchmark::StepAgainst(arguments) => step_against::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),
         Benchmark::OfPercheron(arguments) => {
             process::run(workspace.binary("percheron").arg("bench").args(arguments))
