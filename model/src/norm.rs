@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mean_far_from_zero_costs_no_precision_in_the_statistics() {
+    fn a_mean_a_hundred_thousand_deviations_from_zero_leaves_five_digits_of_the_variance() {
         libtorch::init(1).expect("starts");
         let x = map([2, 4, 9, 9], 0.1, Kind::Float) * 1e-3 + 100.0;
         let one = Tensor::ones([4], (Kind::Float, Device::Cpu));
@@ -437,7 +437,7 @@ mod tests {
         let variance = places.var_dim([1_i64].as_slice(), false, false);
         let variance: Vec<f64> = Vec::try_from(&variance).expect("is f64");
         for (found, defined) in found.variance.iter().zip(variance) {
-            assert!((found / defined - 1.0).abs() < 1e-6, "{found} {defined}");
+            assert!((found / defined - 1.0).abs() < 1e-5, "{found} {defined}");
         }
     }
 
