@@ -5,17 +5,14 @@
 //! map's products before it sums them; here neither map is made.
 
 use libtorch::{Kernel, vectorized};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::elementwise::{Real, elements, elements_mut};
+use crate::elementwise::{Real, elements, elements_mut, is_double};
 use crate::fused::{blank_like, by_channels, rounded, rows_of};
 
 /// `x` `[B, C, H, W]`, of which [`crate::fused::takes`] holds, to the mean of each channel, `[B, C]`.
 pub(crate) fn channel_mean(x: &Tensor) -> Tensor {
-    match x.kind() {
-        Kind::Float => mean_of::<f32>(x),
-        _ => mean_of::<f64>(x),
-    }
+    if is_double(x) { mean_of::<f64>(x) } else { mean_of::<f32>(x) }
 }
 
 fn mean_of<T: Real>(x: &Tensor) -> Tensor {
@@ -39,10 +36,7 @@ fn mean_of<T: Real>(x: &Tensor) -> Tensor {
 
 /// `x` `[B, C, H, W]`, of which [`crate::fused::takes`] holds, times `gate` `[B, C]`.
 pub(crate) fn gated(x: &Tensor, gate: &Tensor) -> Tensor {
-    match x.kind() {
-        Kind::Float => gated_of::<f32>(x, gate),
-        _ => gated_of::<f64>(x, gate),
-    }
+    if is_double(x) { gated_of::<f64>(x, gate) } else { gated_of::<f32>(x, gate) }
 }
 
 fn gated_of<T: Real>(x: &Tensor, gate: &Tensor) -> Tensor {
@@ -142,7 +136,7 @@ impl<T: Real> Kernel for ProductSums<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
 

@@ -11,9 +11,9 @@
 use std::ops::Range;
 
 use libtorch::{Kernel, vectorized};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::elementwise::{Real, elements, elements_mut};
+use crate::elementwise::{Real, elements, elements_mut, is_double};
 use crate::fused::{by_channels, rounded, rows_of};
 
 /// Cells along an axis.
@@ -26,10 +26,7 @@ const CENTRE: usize = TAPS / 2;
 /// `x` `[B, C, H, W]`, of which [`crate::fused::takes`] holds, `weight` `[C, 1, 7, 7]` and `bias` `[C]` to the
 /// means over cells of `x + convolution(x)`, `[B, C, 7, 7]`.
 pub(crate) fn summary(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
-    match x.kind() {
-        Kind::Float => typed::<f32>(x, weight, bias),
-        _ => typed::<f64>(x, weight, bias),
-    }
+    if is_double(x) { typed::<f64>(x, weight, bias) } else { typed::<f32>(x, weight, bias) }
 }
 
 fn typed<T: Real>(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
@@ -291,7 +288,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
 

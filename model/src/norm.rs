@@ -7,9 +7,9 @@
 //! `y = relu(scale·(x - mean)/√(variance + ε) + bias + shortcut)`, each of the last two if asked for.
 
 use libtorch::{Kernel, vectorized};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::elementwise::{Real, elements, elements_mut};
+use crate::elementwise::{Real, elements, elements_mut, is_double};
 use crate::fused::{blank_like, by_channels, nearest, rounded, rows_of, widened};
 
 /// What a map is normalised with.
@@ -41,10 +41,7 @@ pub(crate) struct Statistics {
 
 /// `x` `[B, C, H, W]`, of which [`crate::fused::takes`] holds, to the same, and the statistics.
 pub(crate) fn batch_norm(x: &Tensor, norm: &Norm<'_>, then: Then<'_>) -> (Tensor, Statistics) {
-    match x.kind() {
-        Kind::Float => typed::<f32>(x, norm, then),
-        _ => typed::<f64>(x, norm, then),
-    }
+    if is_double(x) { typed::<f64>(x, norm, then) } else { typed::<f32>(x, norm, then) }
 }
 
 fn typed<T: Real>(x: &Tensor, norm: &Norm<'_>, then: Then<'_>) -> (Tensor, Statistics) {
@@ -90,9 +87,10 @@ fn typed<T: Real>(x: &Tensor, norm: &Norm<'_>, then: Then<'_>) -> (Tensor, Stati
 
 /// Moves `running` `[C]` towards the values of a batch.
 pub(crate) fn track(running: &mut Tensor, values: &[f64], momentum: f64) {
-    match running.kind() {
-        Kind::Float => track_typed(elements_mut::<f32>(running), values, momentum),
-        _ => track_typed(elements_mut::<f64>(running), values, momentum),
+    if is_double(running) {
+        track_typed(elements_mut::<f64>(running), values, momentum)
+    } else {
+        track_typed(elements_mut::<f32>(running), values, momentum)
     }
 }
 
@@ -356,7 +354,7 @@ impl<T: Real> Kernel for GradientApply<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::fused::{by_rows, takes};

@@ -49,7 +49,7 @@ pub(crate) struct Arguments {
     /// Steps that each measures in a turn, after one that it does not.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// One JSON object and nothing else.
+    /// Print one object as the last line.
     #[arg(long)]
     json: bool,
 }
