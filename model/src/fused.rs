@@ -18,9 +18,9 @@ pub(crate) fn by_rows(x: &Tensor) -> Tensor {
     x.permute([0, 2, 3, 1])
 }
 
-/// `[B, H, W, C]` as `[B, C, H, W]`, without a copy.
+/// `[B, H, W, C]` as `[B, C, H, W]`, without a copy and outside the graph: as an output it may be changed in place.
 pub(crate) fn by_channels(rows: &Tensor) -> Tensor {
-    rows.permute([0, 3, 1, 2])
+    rows.permute([0, 3, 1, 2]).detach()
 }
 
 /// A map as contiguous `[B, H, W, C]`, outside the graph; a copy only if its channels lie apart.
