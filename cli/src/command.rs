@@ -92,7 +92,7 @@ impl Command {
             Self::Import(arguments) => worker::run_tool("import", arguments),
             Self::Export(arguments) => worker::run_tool("export", arguments),
             Self::Model(arguments) => worker::run_tool("model", arguments),
-            Self::Bench(command) => bench::run(&command),
+            Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),
             Self::Worker(arguments) => worker::run(arguments),
         }

@@ -9,6 +9,8 @@
 #include <c10/core/GradMode.h>
 #include <dlfcn.h>
 #include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <cstring>
@@ -42,9 +44,66 @@ void copy_text(const std::string& text, char* out, size_t capacity) {
   std::memcpy(out, text.c_str(), text.size() + 1);
 }
 
+// Given the gradient of the output, assigns those of the inputs to `slots` by percheron_assign. 0 on success.
+using Backward = int (*)(void* context, const void* gradient, void* slots, size_t count);
+using Drop = void (*)(void* context);
+
+// A step of the graph whose backward is the caller's. It owns `context`.
+struct CallerNode : torch::autograd::Node {
+  CallerNode(void* context, Backward backward, Drop drop) : context_(context), backward_(backward), drop_(drop) {}
+  ~CallerNode() override { release_variables(); }
+
+  void release_variables() override {
+    if (context_ != nullptr) {
+      drop_(context_);
+      context_ = nullptr;
+    }
+  }
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
+    torch::autograd::variable_list result(num_outputs());
+    if (!gradients[0].defined()) return result;
+    TORCH_CHECK(context_ != nullptr, "backward through a graph that was freed");
+    TORCH_CHECK(backward_(context_, &gradients[0], result.data(), result.size()) == 0,
+                "a backward function of the caller panicked");
+    return result;
+  }
+
+  std::string name() const override { return "CallerBackward"; }
+
+ private:
+  void* context_;
+  Backward backward_;
+  Drop drop_;
+};
+
 }  // namespace
 
 extern "C" {
+
+// Makes `output`, which was computed outside the graph, the result of `inputs`. Takes `context` in every
+// case; without a graph it is dropped at once.
+const char* percheron_attach(const void* output, const void* const* inputs, size_t count, void* context,
+                             Backward backward, Drop drop) {
+  return guarded([&] {
+    auto node = std::shared_ptr<CallerNode>(new CallerNode(context, backward, drop), torch::autograd::deleteNode);
+    torch::autograd::edge_list edges;
+    bool wanted = false;
+    for (size_t i = 0; i < count; ++i) {
+      const auto& input = tensor(inputs[i]);
+      wanted |= input.requires_grad();
+      edges.push_back(torch::autograd::impl::gradient_edge(input));
+    }
+    if (!wanted || !c10::GradMode::is_enabled()) return;
+    node->set_next_edges(std::move(edges));
+    torch::autograd::set_history(tensor(output), node);
+  });
+}
+
+// Puts a tensor into one of the slots that a Backward was given.
+void percheron_assign(void* slots, size_t index, const void* value) {
+  static_cast<at::Tensor*>(slots)[index] = tensor(value);
+}
 
 // Chooses algorithms whose result does not vary between runs.
 const char* percheron_set_deterministic() {

@@ -1,5 +1,6 @@
 //! What tch lacks, behind safe functions: start-up of the runtime, the fingerprint of what can change
-//! bits, slices over tensor storage, gradients written into one flat tensor, and autocast.
+//! bits, slices over tensor storage, own kernels with own backward, gradients written into one flat
+//! tensor, and autocast.
 //!
 //! Call [`init`] first thing in every program and test that computes: CUDA kernels register only if
 //! their library is loaded before the first question about CUDA.
@@ -7,15 +8,19 @@
 //! **Invariant**: this crate and the bindings of libjpeg-turbo are the only homes of `unsafe`.
 
 mod autocast;
+mod custom;
 mod fingerprint;
 mod flat;
 mod gradient;
 mod runtime;
 mod sys;
+mod vector;
 
 pub use autocast::autocast;
+pub use custom::with_backward;
 pub use fingerprint::{Precision, fingerprint};
 pub use flat::{Element, FlatError, slice, slice_mut};
 pub use gradient::gradients_into;
 pub use runtime::{Cuda, InitError, init};
 pub use sys::ShimError;
+pub use vector::{Kernel, vectorized};

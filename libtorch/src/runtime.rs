@@ -52,6 +52,7 @@ pub fn init(threads: usize) -> Result<Cuda, InitError> {
         None => {}
     }
     let cuda = load_cuda();
+    keep_freed_memory();
     tch::set_num_threads(count);
     tch::set_num_interop_threads(1); // libtorch accepts this once in a process.
     sys::check(sys::percheron_set_deterministic())?;
@@ -63,6 +64,17 @@ pub fn init(threads: usize) -> Result<Cuda, InitError> {
 pub(crate) fn threads() -> Option<usize> {
     let started = STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     started.as_ref().map(|(threads, _)| *threads)
+}
+
+/// Lets the C library keep what is freed, in one heap: each step allocates the sizes of the step before, and
+/// fresh pages from the kernel, which must clear them, were a sixth of a step's time.
+fn keep_freed_memory() {
+    // No block gets a mapping of its own, nothing is given back, and all threads share the heap that can grow.
+    let settings = [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, -1), (libc::M_ARENA_MAX, 1)];
+    for (setting, value) in settings {
+        // SAFETY: takes two numbers; a refusal changes nothing.
+        let _accepted: i32 = unsafe { libc::mallopt(setting, value) };
+    }
 }
 
 /// Loads `libtorch_cuda` with its symbols global, which registers its kernels.

@@ -22,6 +22,15 @@ unsafe extern "C" {
         count: usize,
         flat: *const c_void,
     ) -> *const c_char;
+    pub(crate) fn percheron_attach(
+        output: *const c_void,
+        inputs: *const *const c_void,
+        count: usize,
+        context: *mut c_void,
+        backward: extern "C" fn(*mut c_void, *const c_void, *mut c_void, usize) -> c_int,
+        drop: extern "C" fn(*mut c_void),
+    ) -> *const c_char;
+    pub(crate) fn percheron_assign(slots: *mut c_void, index: usize, value: *const c_void);
 }
 
 /// libtorch refused a call; the text is its own.

@@ -11,7 +11,9 @@ use tch::{Kind, Tensor};
 /// A floating-point element with the arithmetic that the passes need.
 pub(crate) trait Real:
     Element
-    + PartialEq
+    + PartialOrd
+    + Send
+    + Sync
     + Add<Output = Self>
     + Sub<Output = Self>
     + Mul<Output = Self>

@@ -9,6 +9,7 @@ use crate::attention::{CrossAttention, CrossWidths, Mlp};
 use crate::init::Init;
 use crate::layers::{Conv2d, ConvSize, Mode};
 use crate::params::Scope;
+use crate::{fused, neighbourhood};
 
 /// The latents read a 7×7 summary of the features.
 const GRID: i64 = 7;
@@ -64,11 +65,14 @@ impl LatentRead {
 
     /// `z` `[B, N, C]` and `x` `[B, C, H, W]` to the updated latents `[B, N, C]`.
     pub(crate) fn forward(&self, z: &Tensor, x: &Tensor, mode: Mode) -> Tensor {
-        let near = match &self.depthwise {
-            Some(convolution) => convolution.forward(x) + x,
-            None => x.shallow_clone(),
-        };
-        let grid = summary(&near); // [B, C, 7, 7]
+        let grid =
+            match self.depthwise.as_ref().map(|convolution| (convolution, convolution.tensors())) {
+                Some((_, (weight, Some(bias)))) if fused::takes(x) => {
+                    neighbourhood::summary(x, weight, bias)
+                }
+                Some((convolution, _)) => summary(&(convolution.forward(x) + x)),
+                None => summary(x),
+            }; // [B, C, 7, 7]
         let z = z + self.attention.forward(z, &tokens(&grid), mode);
         &z + self.mlp.forward(&z, mode)
     }

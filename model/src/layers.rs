@@ -3,7 +3,9 @@
 use tch::Tensor;
 
 use crate::draws::{Draws, Site};
+use crate::fused;
 use crate::init::Init;
+use crate::norm::{self, Norm, Statistics, Then};
 use crate::params::Scope;
 
 /// How a forward pass runs.
@@ -139,6 +141,37 @@ impl BatchNorm {
 
     /// In training the running statistics, which are views of the flat buffers, move in place.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
+        self.forward_then(x, mode, Then::Nothing)
+    }
+
+    /// Normalises, then does what follows.
+    pub(crate) fn forward_then(&self, x: &Tensor, mode: Mode, then: Then<'_>) -> Tensor {
+        if matches!(mode, Mode::Train(_)) && fused::takes(x) {
+            let epsilon = self.constants.epsilon;
+            let norm = Norm { weight: &self.weight, bias: &self.bias, epsilon };
+            let (y, statistics) = norm::batch_norm(x, &norm, then);
+            self.track(&statistics);
+            return y;
+        }
+        let mut y = self.normalized(x, mode);
+        match then {
+            Then::Nothing => y,
+            Then::Relu => y.relu_(),
+            Then::AddRelu(shortcut) => (y + shortcut).relu_(),
+        }
+    }
+
+    /// Moves the running statistics; that of the variance is unbiased.
+    fn track(&self, batch: &Statistics) {
+        let unbiased = batch.count / (batch.count - 1.0);
+        let variance: Vec<f64> = batch.variance.iter().map(|value| value * unbiased).collect();
+        for (running, values) in [(&self.running_mean, &batch.mean), (&self.running_var, &variance)]
+        {
+            norm::track(&mut running.shallow_clone(), values, self.constants.momentum);
+        }
+    }
+
+    fn normalized(&self, x: &Tensor, mode: Mode) -> Tensor {
         x.batch_norm(
             Some(&self.weight),
             Some(&self.bias),
@@ -215,6 +248,11 @@ impl Conv2d {
         let weight = scope.param("weight", &size.weight_shape(), weight);
         let bias = scope.param("bias", &[size.outputs], Init::fan_in(size.fan_in()));
         Conv2d::assemble(weight, Some(bias), size)
+    }
+
+    /// The weight, and the bias where it has one.
+    pub(crate) fn tensors(&self) -> (&Tensor, Option<&Tensor>) {
+        (&self.weight, self.bias.as_ref())
     }
 
     fn assemble(weight: Tensor, bias: Option<Tensor>, size: ConvSize) -> Conv2d {

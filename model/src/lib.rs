@@ -13,9 +13,13 @@ mod draws;
 mod elementwise;
 mod exchange;
 mod exit;
+mod fused;
+mod gate;
 mod init;
 mod latent;
 mod layers;
+mod neighbourhood;
+mod norm;
 mod variants;
 
 pub mod config;

@@ -8,7 +8,7 @@
 
 use std::cell::RefCell;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::backbone::{Backbone, BackboneSpec, HeadPlace};
 use crate::config::Architecture;
@@ -187,7 +187,7 @@ impl Stage {
 
 impl Parts {
     fn forward(&self, images: &Tensor, mode: Mode) -> Exits {
-        let x = self.backbone.stem(images, mode); // [B, C1, H, W]
+        let x = self.backbone.stem(&laid_out(images), mode); // [B, C1, H, W]
         let z = self.latent.expand([images.size()[0], -1, -1], false); // [B, N, C1]
         let (z, x) = self.stages[0].forward(z, x, mode);
         let x = self.backbone.stage(0, &x, mode); // [B, C2, H/2, W/2]
@@ -224,6 +224,16 @@ impl Parts {
         let merge = self.classify_merge.forward(&merge, mode); // [B, K]
         Exits { early3, att, cnn, merge }
     }
+}
+
+/// Images as the convolutions take them: on the CPU with channels next to each other, where all that follows
+/// keeps them.
+fn laid_out(images: &Tensor) -> Tensor {
+    if images.device() != Device::Cpu || images.kind() != Kind::Float {
+        return images.shallow_clone();
+    }
+    let rows = images.permute([0, 2, 3, 1]).contiguous(); // [B, S, S, 3]
+    rows.permute([0, 3, 1, 2])
 }
 
 /// `[B, N, C]` to `[B, C]`.

@@ -17,6 +17,7 @@
 //! generation or the time.
 
 pub mod agent;
+pub mod bench;
 pub mod progress;
 pub mod setup;
 pub mod tool;

@@ -78,7 +78,7 @@ fn ends_with(code: u8, reason: &str) -> ExitCode {
 
 /// A tool: one thread, and no run.
 fn work_with(tool: Tool) -> Result<()> {
-    libtorch::init(1)?;
+    libtorch::init(tool.threads())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("cannot start the runtime")?.block_on(tool.run())
 }

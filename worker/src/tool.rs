@@ -15,6 +15,7 @@ use cluster::Step;
 use recipe::Recipe;
 
 use crate::{
+    bench,
     setup::{adamw, architecture},
     train::{TrainState, checkpoints},
 };
@@ -29,9 +30,21 @@ pub enum Tool {
     /// List the registered models, or show one.
     #[command(subcommand)]
     Model(models::Command),
+    /// Measure CPU time and memory of a training step, on made images.
+    #[command(bin_name = "percheron bench step")]
+    BenchStep(bench::Options),
 }
 
 impl Tool {
+    /// Threads inside an operation of libtorch.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        match self {
+            Self::BenchStep(options) => options.threads,
+            Self::Import(_) | Self::Export(_) | Self::Model(_) => 1,
+        }
+    }
+
     /// Carries it out.
     ///
     /// # Errors
@@ -41,6 +54,11 @@ impl Tool {
             Self::Import(arguments) => import::run(arguments).await,
             Self::Export(arguments) => export::run(arguments).await,
             Self::Model(command) => models::run(&command),
+            Self::BenchStep(options) => {
+                let report = bench::run(&options)?;
+                say(&if options.json { report.json() } else { report.to_string() });
+                Ok(())
+            }
         }
     }
 }

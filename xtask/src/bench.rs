@@ -12,6 +12,7 @@ mod instructions;
 mod reader;
 mod recovery;
 mod steady;
+mod step_against;
 
 use std::ffi::OsString;
 
@@ -30,6 +31,8 @@ pub(crate) enum Benchmark {
     Histories(histories::Arguments),
     /// Pack photographs of clothing and train on them with the whole recipe.
     Clothing(clothing::Arguments),
+    /// Time a training step, in turns with other builds of the worker or with PyTorch.
+    StepAgainst(step_against::Arguments),
     /// Images a core prepares in a second, ours and a Python pipeline's.
     Data(data::Options),
     /// How many instructions an image takes, held to a limit.
@@ -58,6 +61,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
         Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
+        Benchmark::StepAgainst(arguments) => step_against::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),
         Benchmark::Instructions(arguments) => instructions::run(workspace, arguments),
         Benchmark::Reader(arguments) => reader::run(workspace, arguments),

@@ -1,4 +1,4 @@
-//! `percheron bench`: what this machine can do, measured in this process.
+//! `percheron bench`: what this machine can do, measured in one process.
 
 use std::{
     fs,
@@ -15,11 +15,14 @@ use clap::{Args, Subcommand, ValueEnum};
 use cluster::Epoch;
 use nix::time::{ClockId, clock_gettime};
 
-use crate::print;
+use crate::{command::worker, print};
 
 /// `percheron bench …`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// CPU time and memory of a training step: `percheron bench step --model NAME`.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Step(worker::Arguments),
     /// How many training images a core prepares in a second: decode, crop, resize, flip, normalise.
     Data(Data),
     /// What reading a sample costs: finding it, reading it and checking it, without decoding.
@@ -76,10 +79,11 @@ struct Figures {
     stages_ms: [f64; STAGES.len()],
 }
 
-pub(crate) fn run(command: &Command) -> Result<ExitCode> {
+pub(crate) fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Data(data) => run_data(data)?,
-        Command::Reader(reader) => run_reader(reader)?,
+        Command::Step(arguments) => return worker::run_tool("bench-step", arguments),
+        Command::Data(data) => run_data(&data)?,
+        Command::Reader(reader) => run_reader(&reader)?,
     }
     Ok(ExitCode::SUCCESS)
 }

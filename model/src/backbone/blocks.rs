@@ -6,7 +6,9 @@ use tch::Tensor;
 
 use crate::init::Init;
 use crate::layers::{BatchNorm, Conv2d, ConvSize, Linear, Mode, NormConstants};
+use crate::norm::Then;
 use crate::params::Scope;
+use crate::{fused, gate};
 
 /// The reference's fan-out, which it does not divide by the groups (SPEC §5): all backbones' convolutions.
 pub(crate) fn fan_out(size: ConvSize) -> Init {
@@ -42,6 +44,16 @@ impl ConvNorm {
     /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
         self.norm.forward(&self.convolution.forward(x), mode)
+    }
+
+    /// The same, then ReLU.
+    pub(crate) fn forward_relu(&self, x: &Tensor, mode: Mode) -> Tensor {
+        self.norm.forward_then(&self.convolution.forward(x), mode, Then::Relu)
+    }
+
+    /// The same, then the addition of `shortcut` and ReLU.
+    pub(crate) fn forward_add_relu(&self, x: &Tensor, shortcut: &Tensor, mode: Mode) -> Tensor {
+        self.norm.forward_then(&self.convolution.forward(x), mode, Then::AddRelu(shortcut))
     }
 }
 
@@ -81,12 +93,17 @@ impl SqueezeExcite {
 
     /// `[B, C, H, W]` to the same.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        let mean = x.mean_dim([2_i64, 3].as_slice(), false, None); // [B, C]
+        let own = fused::takes(x);
+        let mean = if own {
+            gate::channel_mean(x)
+        } else {
+            x.mean_dim([2_i64, 3].as_slice(), false, None)
+        }; // [B, C]
         let open = self.excite.forward(&self.squeeze.forward(&mean).relu_()); // [B, C]
         let gate = match self.gate {
             Gate::Sigmoid => open.sigmoid(),
             Gate::HardSigmoid => open.hardsigmoid(),
         };
-        x * gate.unsqueeze(-1).unsqueeze(-1)
+        if own { gate::gated(x, &gate) } else { x * gate.unsqueeze(-1).unsqueeze(-1) }
     }
 }

@@ -76,7 +76,7 @@ impl RegNet {
 
     /// `[B, 3, S, S]` to `[B, 32, S/2, S/2]`.
     pub(crate) fn stem(&self, images: &Tensor, mode: Mode) -> Tensor {
-        self.stem.forward(images, mode).relu_()
+        self.stem.forward_relu(images, mode)
     }
 
     /// `[B, C, H, W]` to `[B, C′, H/2, W/2]`.
@@ -151,14 +151,13 @@ impl Block {
 
     /// `[B, C, H, W]` to `[B, C′, H/stride, W/stride]`.
     fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        let body = self.enter.forward(x, mode).relu_(); // [B, C′, H, W]
-        let body = self.group.forward(&body, mode).relu_(); // [B, C′, H/stride, W/stride]
-        let body = self.leave.forward(&self.excite.forward(&body), mode);
+        let body = self.enter.forward_relu(x, mode); // [B, C′, H, W]
+        let body = self.group.forward_relu(&body, mode); // [B, C′, H/stride, W/stride]
         let shortcut = match &self.project {
             Some(project) => project.forward(x, mode),
             None => x.shallow_clone(),
         };
-        (body + shortcut).relu_()
+        self.leave.forward_add_relu(&self.excite.forward(&body), &shortcut, mode)
     }
 }
 

@@ -99,7 +99,7 @@ impl ResNet {
 
     /// `[B, 3, S, S]` to `[B, C1, S/4, S/4]`.
     pub(crate) fn stem(&self, images: &Tensor, mode: Mode) -> Tensor {
-        pool(&self.stem.forward(images, mode).relu_())
+        pool(&self.stem.forward_relu(images, mode))
     }
 
     /// `[B, C, H, W]` to `[B, C′, H/2, W/2]`, in stage 1 to `[B, C′, H, W]`.
@@ -201,7 +201,7 @@ impl Block {
     /// `[B, C, H, W]` to `[B, C′, H/stride, W/stride]`.
     fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
         let (last, inner) = self.body.split_last().expect("a block has convolutions");
-        let body = inner.iter().fold(x.shallow_clone(), |x, layer| layer.forward(&x, mode).relu_());
+        let body = inner.iter().fold(x.shallow_clone(), |x, layer| layer.forward_relu(&x, mode));
         let body = self.drop_path.forward(last.forward(&body, mode), mode);
         let shortcut = match &self.project {
             Some(project) => project.forward(x, mode),
