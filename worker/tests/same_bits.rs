@@ -230,15 +230,17 @@ fn several_micro_batches_an_update_end_in_one_state_for_every_number_of_workers(
 
 #[test]
 fn two_micro_batches_of_one_virtual_rank_are_one_of_two_but_for_running_statistics() {
-    // The same samples in the same order, half of each loss, two gradients added: without dropout, whose
-    // draws differ, the updates are equal to the bit. Running statistics go through both micro-batches.
+    // The same samples in the same order, half of each loss, two gradients added: without dropout and
+    // mixing, whose draws differ, the updates are equal to the bit. Running statistics go through both
+    // micro-batches.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let state = |ranks: u32, update_freq: u32| {
         let (ranks_set, freq_set) =
             (format!("virtual_ranks={ranks}"), format!("update_freq={update_freq}"));
-        let more = ["model.dropout=0.0", "bn_buffers=rank0", "max_steps=2", &ranks_set, &freq_set];
-        let sets = [&RECIPE[..], &more].concat();
+        let more = ["model.dropout=0.0", "augment.mixup=0.0", "augment.cutmix=0.0"];
+        let sizes = ["bn_buffers=rank0", "max_steps=2", &ranks_set, &freq_set];
+        let sets = [&RECIPE[..], &more, &sizes].concat();
         let mut worker = start_with(&sets, &runtime, folder.path());
         form_over(ranks, 1, &[&worker]);
         let state = worker.state();
