@@ -119,7 +119,7 @@ impl Store {
                 Ok(()) => winners.push(racer),
                 Err(error) if error.is_there() => {}
                 Err(error) if error.is_unknown_to_the_store() => {
-                    return Ok(Some(format!("it knows no conditional writes ({})", error.source)));
+                    return Ok(Some(format!("it knows no conditional writes ({})", error.cause)));
                 }
                 Err(error) => return Err(error),
             }

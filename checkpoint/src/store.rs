@@ -61,32 +61,44 @@ pub enum OpenError {
 
 /// An operation on an object that the store did not carry out, or did not confirm.
 #[derive(Debug, Error)]
-#[error("cannot {attempt} {object}")]
+#[error("cannot {attempt} {object}: {}", root_of(cause))]
 pub struct StoreError {
     /// What was attempted.
     pub attempt: &'static str,
     /// The object, with the store's location.
     pub object: String,
     /// What the store said.
-    pub source: object_store::Error,
+    pub cause: object_store::Error,
+}
+
+/// What is at the bottom of an error, in a line: the layers above it repeat it, and each other.
+fn root_of(error: &object_store::Error) -> String {
+    let mut root: &dyn std::error::Error = error;
+    while let Some(source) = root.source() {
+        root = source;
+    }
+    let text = root.to_string();
+    // The bodies of answers are XML.
+    let text = text.split(['\n', '<']).next().unwrap_or_default();
+    text.trim_end_matches([':', ' ']).to_owned()
 }
 
 impl StoreError {
     /// Whether the object is not there.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
-        matches!(self.source, object_store::Error::NotFound { .. })
+        matches!(self.cause, object_store::Error::NotFound { .. })
     }
 
     /// Whether an object that was to be created is there already.
     pub(crate) fn is_there(&self) -> bool {
-        matches!(self.source, object_store::Error::AlreadyExists { .. })
+        matches!(self.cause, object_store::Error::AlreadyExists { .. })
     }
 
     /// Whether the store does not know what was asked of it.
     pub(crate) fn is_unknown_to_the_store(&self) -> bool {
         matches!(
-            self.source,
+            self.cause,
             object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. }
         )
     }
@@ -95,7 +107,7 @@ impl StoreError {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         matches!(
-            self.source,
+            self.cause,
             object_store::Error::Generic { .. } | object_store::Error::JoinError { .. }
         )
     }
@@ -227,9 +239,9 @@ impl Store {
         &self,
         attempt: &'static str,
         name: &str,
-        source: object_store::Error,
+        cause: object_store::Error,
     ) -> StoreError {
-        StoreError { attempt, object: self.object(name), source }
+        StoreError { attempt, object: self.object(name), cause }
     }
 }
 

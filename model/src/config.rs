@@ -158,8 +158,9 @@ impl TryFrom<&ModelConfig> for Architecture {
         let mut problems = Problems::default();
         let variant = variant(&config.name);
         problems.require(variant.is_some(), || {
-            let known = variant_names().join(", ");
-            format!("name = {:?} is not a known variant; choose one of {known}", config.name)
+            let known = variant_names().len();
+            let name = &config.name;
+            format!("name = {name:?} is none of the {known} that `percheron model list` shows")
         });
         problems.require_sizes(config);
         problems.require_rates(config);

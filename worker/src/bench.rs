@@ -50,7 +50,7 @@ pub struct Options {
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// The model or its sizes do not exist.
-    #[error("the model cannot be built")]
+    #[error(transparent)]
     Model(#[from] model::ConfigError),
     /// The backward pass.
     #[error("the backward pass failed")]
