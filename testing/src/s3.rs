@@ -9,8 +9,11 @@ use std::{
     time::Duration,
 };
 
-use futures::TryStreamExt as _;
-use object_store::{ObjectStore as _, aws::AmazonS3Builder};
+use object_store::{
+    ClientOptions, ObjectStoreExt as _, Result, RetryConfig,
+    aws::{AmazonS3, AmazonS3Builder},
+    path::Path as ObjectPath,
+};
 use tempfile::TempDir;
 
 /// As `cargo xtask setup` installs it.
@@ -22,6 +25,8 @@ const SECRET: &str = "test-secret";
 const REGION: &str = "us-east-1";
 /// It starts in two seconds on an idle machine.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// Its first writes can hang while it makes room for them on a busy machine.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(50);
 
 /// A server with one empty bucket. Dropping it ends the server and deletes what it kept.
@@ -85,19 +90,21 @@ impl S3Server {
         format!("http://127.0.0.1:{}", self.port())
     }
 
+    /// Waits until an object can be written, read and deleted: the server answers long before it can.
     async fn serving(&mut self) {
         let client = AmazonS3Builder::new()
+            .with_client_options(ClientOptions::new().with_timeout(ATTEMPT_TIMEOUT))
             .with_endpoint(self.endpoint())
             .with_allow_http(true)
             .with_region(REGION)
             .with_access_key_id(KEY)
             .with_secret_access_key(SECRET)
             .with_bucket_name(BUCKET)
-            .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
+            .with_retry(RetryConfig { max_retries: 0, ..Default::default() })
             .build()
             .expect("the client's settings are whole");
         let answers = async {
-            while client.list(None).try_collect::<Vec<_>>().await.is_err() {
+            while try_out(&client).await.is_err() {
                 let ended = self.process.try_wait().expect("the server is our child");
                 assert!(ended.is_none(), "{PROGRAM} has ended: {}", self.said());
                 tokio::time::sleep(POLL).await;
@@ -125,6 +132,13 @@ impl Drop for S3Server {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+async fn try_out(client: &AmazonS3) -> Result<()> {
+    let object = ObjectPath::from("is-it-ready");
+    client.put(&object, "yes".into()).await?;
+    client.get(&object).await?.bytes().await?;
+    client.delete(&object).await
 }
 
 fn launch(folder: &Path, ports: &[u16; 10]) -> Child {
