@@ -273,7 +273,7 @@ mod tests {
             File::open(cache.path(key(block))).unwrap().set_modified(time).unwrap();
         };
         for block in 0..3 {
-            cache.store(key(block), &[block as u8; 1000]).unwrap();
+            cache.store(key(block), &[block.to_le_bytes()[0]; 1000]).unwrap();
             used(block, block);
         }
         used(0, 9);
