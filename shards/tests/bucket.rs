@@ -194,7 +194,7 @@ async fn what_breaks_on_the_way_heals_and_what_is_damaged_for_good_is_named() {
     assert!(dataset.reads().remote.cache_misses > place.blocks + 1);
 
     let dataset = place.open_cold();
-    place.breaks(Breakage::Corrupt, 1000);
+    place.breaks(Breakage::Corrupt, 4); // Both blocks of the sample, twice; its key is then read whole.
     let (sample, offset) = place.last_of_first_block();
     let message = chain(&dataset.read(sample).unwrap_err());
     let shard = format!("{}/train-000000.tar", place.location());
@@ -226,14 +226,14 @@ async fn a_torn_or_rotten_entry_is_fetched_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_limit_is_held_and_readers_of_one_cache_agree() {
-    const LIMIT_BYTES: u64 = 5 << 20; // One whole block.
+    const LIMIT_BYTES: u64 = 17 << 18; // 4.25 MiB, one whole block.
     let place = Place::new().await;
     let limited = |gib: &str| {
         let mut variables = place.variables();
         variables.push(("PERCHERON_DATA_CACHE_GIB".to_owned(), gib.to_owned()));
         Dataset::open_with(&place.location(), "train", &variables)
     };
-    let open = || limited("0.0048828125").unwrap();
+    let open = || limited("0.004150390625").unwrap();
     let dataset = open();
     for _ in 0..2 {
         place.assert_whole(&dataset);
