@@ -9,7 +9,7 @@ use crate::{
     format,
     index::{Index, IndexError, Record},
     manifest::{Manifest, ManifestError, Shard},
-    source::{Opened, SourceError, Store},
+    source::{Opened, SourceError, Store, environment},
 };
 
 /// A packed split, open for reading from any number of threads.
@@ -39,6 +39,25 @@ pub struct Reads {
     pub samples: u64,
     /// Bytes of their images.
     pub bytes: u64,
+    /// What a location that is far away has cost; nothing otherwise.
+    pub remote: RemoteReads,
+}
+
+/// How much of a dataset has come from a bucket, and how much from the cache of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RemoteReads {
+    /// Bytes of shards and indexes that were fetched from the bucket.
+    pub fetched_bytes: u64,
+    /// Blocks that a batch, or the first sample read of them, found in the cache.
+    pub cache_hits: u64,
+    /// Blocks that were not there and had to be fetched.
+    pub cache_misses: u64,
+    /// Blocks that were fetched and could not be written to the cache.
+    pub cache_unkept: u64,
+    /// Requests that were made a second time because the first took unusually long.
+    pub hedged: u64,
+    /// Requests that were repeated because they had failed.
+    pub retried: u64,
 }
 
 /// One sample as it is stored.
@@ -187,7 +206,8 @@ pub enum ReadError {
 }
 
 impl Dataset {
-    /// Opens the split `split` at `location`: `DIR` with `SPLIT.json` in it, or `builtin:digits`.
+    /// Opens the split `split` at `location`: `DIR` with `SPLIT.json` in it, `s3://BUCKET/PREFIX` with it, or
+    /// `builtin:digits`. The process's environment says how to reach a bucket: [`Dataset::open_with`].
     ///
     /// Every index is read and checked against the manifest, and every shard must have the length
     /// its index states. The images themselves are checked when they are read.
@@ -195,13 +215,33 @@ impl Dataset {
     /// # Errors
     /// [`OpenError`] names the first file that is missing, damaged or of another split.
     pub fn open(location: &str, split: &str) -> Result<Self, OpenError> {
+        Self::open_with(location, split, &environment())
+    }
+
+    /// [`Dataset::open`] with the variables of another environment than the process's.
+    ///
+    /// A bucket needs those of the AWS tools (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`,
+    /// `AWS_REGION`, `AWS_ENDPOINT_URL`, and those of roles). What is fetched is kept in the folder
+    /// `PERCHERON_DATA_CACHE` (by default `percheron/data` in the user's cache), up to `PERCHERON_DATA_CACHE_GIB`
+    /// (by default 100).
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn open_with(
+        location: &str,
+        split: &str,
+        variables: &[(String, String)],
+    ) -> Result<Self, OpenError> {
         check_split_name(split)?;
-        let store = Store::open(location)?;
+        let store = Store::open(location, variables)?;
         let manifest = read_manifest(&store, location, split)?;
         let indexes = (0..manifest.shards.len())
             .map(|shard| read_index(&store, &manifest, shard))
-            .collect::<Result<_, _>>()?;
-        let shards = manifest.shards.iter().map(|shard| store.opened(&shard.tar())).collect();
+            .collect::<Result<Vec<_>, _>>()?;
+        let opened = |(shard, index): (&Shard, &Index)| {
+            store.opened(&shard.tar(), shard.tar_sha256, index.tar_length)
+        };
+        let shards = manifest.shards.iter().zip(&indexes).map(opened).collect();
         Ok(Self { store, manifest, indexes, shards, read: Counters::default() })
     }
 
@@ -234,7 +274,18 @@ impl Dataset {
     #[must_use]
     pub fn reads(&self) -> Reads {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Reads { samples: count(&self.read.samples), bytes: count(&self.read.bytes) }
+        let remote = self.store.remote().map_or_else(RemoteReads::default, |remote| {
+            let traffic = remote.traffic();
+            RemoteReads {
+                fetched_bytes: count(&traffic.fetched_bytes),
+                cache_hits: count(&traffic.hits),
+                cache_misses: count(&traffic.misses),
+                cache_unkept: count(&traffic.unkept),
+                hedged: count(&traffic.hedged),
+                retried: count(&traffic.retried),
+            }
+        });
+        Reads { samples: count(&self.read.samples), bytes: count(&self.read.bytes), remote }
     }
 
     /// Reads a sample and checks its bytes.
@@ -257,16 +308,13 @@ impl Dataset {
             .locate(sample)
             .ok_or(ReadError::NoSample { sample, samples: self.manifest.samples })?;
         let Record { offset, length, .. } = *record;
-        image.resize(length as usize, 0);
-        if self.shards[shard].read_at(offset, image).is_none() {
-            let bytes = self
-                .store
-                .read_range(&self.shard_file(shard), offset..offset + u64::from(length))
-                .map_err(|source| ReadError::Source { sample, offset, source })?;
-            image.clear();
-            image.extend_from_slice(&bytes);
+        let unread = |source| ReadError::Source { sample, offset, source };
+        self.read_image(shard, record, image).map_err(unread)?;
+        let mut found = crc32c::crc32c(image);
+        if found != record.crc32c && self.shards[shard].forget(offset, length.into()) {
+            self.read_image(shard, record, image).map_err(unread)?;
+            found = crc32c::crc32c(image);
         }
-        let found = crc32c::crc32c(image);
         if found != record.crc32c {
             return Err(ReadError::Checksum {
                 shard: self.store.display(&self.shard_file(shard)),
@@ -281,6 +329,35 @@ impl Dataset {
         self.read.samples.fetch_add(1, Ordering::Relaxed);
         self.read.bytes.fetch_add(u64::from(length), Ordering::Relaxed);
         Ok(record.label)
+    }
+
+    /// Makes ready to read these samples, where that takes time: in a bucket, several blocks are fetched at
+    /// once. What cannot be made ready fails when it is read.
+    pub(crate) fn prefetch(&self, samples: &[u64]) {
+        if self.store.remote().is_some() {
+            let located = samples.iter().filter_map(|&sample| self.locate(sample));
+            let part = |(shard, record): (usize, &Record)| {
+                (&self.shards[shard], record.offset, u64::from(record.length))
+            };
+            self.store.prefetch(located.map(part));
+        }
+    }
+
+    /// The bytes of a sample's image, unchecked.
+    fn read_image(
+        &self,
+        shard: usize,
+        &Record { offset, length, .. }: &Record,
+        image: &mut Vec<u8>,
+    ) -> Result<(), SourceError> {
+        image.resize(length as usize, 0);
+        if !self.shards[shard].read_at(offset, image)? {
+            let range = offset..offset + u64::from(length);
+            let bytes = self.store.read_range(&self.shard_file(shard), range)?;
+            image.clear();
+            image.extend_from_slice(&bytes);
+        }
+        Ok(())
     }
 
     /// How messages name a sample: its shard, key and offset.
@@ -353,7 +430,7 @@ fn read_manifest(store: &Store, location: &str, split: &str) -> Result<Manifest,
 
 fn read_index(store: &Store, manifest: &Manifest, number: usize) -> Result<Index, OpenError> {
     let shard = &manifest.shards[number];
-    let bytes = store.read(&shard.idx())?;
+    let bytes = store.read_known(&shard.idx(), shard.idx_sha256)?;
     let file = store.display(&shard.idx());
     let index =
         Index::parse(&bytes).map_err(|source| OpenError::Index { file: file.clone(), source })?;

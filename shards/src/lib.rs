@@ -16,13 +16,14 @@
 //! Where to start: [`BatchPlan`] says which samples a step sees, [`Dataset`] finds their bytes and
 //! [`Loader`] makes them a [`Batch`]. [`pack()`] and [`verify()`] write and check the files.
 //!
-//! **Invariants.** Nothing here reads a clock or a global random state: the same dataset, seed, epoch
+//! **Invariants.** No bytes depend on a clock or a global random state: the same dataset, seed, epoch
 //! and sample give the same bytes whoever asks. No sample leaves [`Dataset::read`] with a wrong
 //! checksum. A parser given damaged bytes returns an error that names the place; it never panics.
 
 mod adopt;
 mod augment;
 mod batch;
+mod cache;
 mod dataset;
 pub mod decode;
 mod digest;
@@ -51,7 +52,7 @@ mod warp;
 pub use adopt::index_tars;
 pub use augment::{Augment, Crop, InvalidAugment};
 pub use batch::{Batch, Normalize, Skipped};
-pub use dataset::{Dataset, OpenError, ReadError, Reads, Sample};
+pub use dataset::{Dataset, OpenError, ReadError, Reads, RemoteReads, Sample};
 pub use digest::Sha256;
 pub use erase::{Erase, Erasure};
 pub use loader::{LoadError, Loader, OnCorruptSample};

@@ -123,6 +123,7 @@ impl Loader {
     pub fn load(&mut self, ids: &[u64], epoch: Epoch, batch: &mut Batch) -> Result<(), LoadError> {
         let size = self.transform.size();
         batch.prepare(ids.len(), size, self.transform.erasures_max());
+        self.dataset.prefetch(ids);
         let slots = batch.images.chunks_exact_mut(size * size * CHANNELS);
         for ((place, &id), (pixels, label)) in
             ids.iter().enumerate().zip(slots.zip(&mut batch.labels))

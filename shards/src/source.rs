@@ -1,14 +1,20 @@
-//! Where the files of a dataset are: a folder, or the program itself.
+//! Where the files of a dataset are: a folder, a bucket, or the program itself.
 //!
 //! A location is one of
 //!
 //! * `PATH` or `file://PATH`: a folder of the local file system;
+//! * `s3://BUCKET/PREFIX`: S3, or any store that speaks its protocol, read through a cache on this machine;
 //! * `builtin:digits`: the handwritten digits that are part of this crate (`datasets/digits`).
 //!
-//! Both do their work on the calling thread, so nothing here needs an async runtime.
+//! All wait on the calling thread; the network is served by a thread of its own.
+
+mod remote;
+mod s3;
 
 use std::{
-    fmt,
+    collections::HashSet,
+    env,
+    ffi::OsString,
     fs::{self, File},
     ops::Range,
     os::unix::fs::FileExt,
@@ -22,6 +28,10 @@ use object_store::{
     ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, local::LocalFileSystem,
     memory::InMemory, path::Path,
 };
+
+pub(crate) use self::remote::Remote;
+use self::remote::{RemoteFile, blocks_of, prefetch};
+use crate::{cache, digest::Sha256};
 
 /// The dataset that the program carries, file by file.
 const DIGITS: [(&str, &[u8]); 6] = [
@@ -60,17 +70,73 @@ pub enum SourceError {
         /// What follows `builtin:`.
         name: String,
     },
-    /// The program is not a place to write to.
-    #[error("{location} cannot be written: give a folder")]
+    /// The program is not a place to write to, and a bucket is not yet one.
+    #[error(
+        "{location} cannot be written: give a folder, and copy it to a bucket with a tool of the bucket"
+    )]
     ReadOnly {
         /// The location as given.
         location: String,
     },
     /// A scheme without a reader.
-    #[error("location {location} is of an unknown kind: give a folder or `builtin:digits`")]
+    #[error(
+        "location {location} is of an unknown kind: give a folder, s3://BUCKET/PREFIX or `builtin:digits`"
+    )]
     UnknownScheme {
         /// The location as given.
         location: String,
+    },
+    /// It begins as a bucket does, but names none.
+    #[error("location {location} is not s3://BUCKET/PREFIX")]
+    NoBucket {
+        /// The location as given.
+        location: String,
+    },
+    /// The `AWS_...` variables contradict each other or lack something.
+    #[error("{location} cannot be opened with these AWS_... variables")]
+    Settings {
+        /// The location as given.
+        location: String,
+        /// What is wrong with them.
+        #[source]
+        source: object_store::Error,
+    },
+    /// The thread that serves the network cannot be started.
+    #[error("no thread can be started to read {location}")]
+    Threads {
+        /// The location as given.
+        location: String,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A variable of the cache.
+    #[error("environment variable {variable}: is {value:?}; {problem}")]
+    Variable {
+        /// Its name.
+        variable: &'static str,
+        /// What it is.
+        value: String,
+        /// What to do.
+        problem: &'static str,
+    },
+    /// The cache cannot be used.
+    #[error(
+        "cache folder {folder} cannot be used: set {} to a folder that can be written to",
+        cache::FOLDER
+    )]
+    Cache {
+        /// The folder.
+        folder: String,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file ends before the bytes that its index promises.
+    #[error("file {file} is shorter than it was")]
+    Short {
+        /// The file with its location.
+        file: String,
     },
     /// There is no such file.
     #[error("file {file} is missing")]
@@ -104,12 +170,27 @@ pub enum SourceError {
     },
 }
 
+impl SourceError {
+    fn unread(file: String, error: object_store::Error) -> Self {
+        if matches!(error, object_store::Error::NotFound { .. }) {
+            Self::Missing { file }
+        } else {
+            Self::Read { file, source: error }
+        }
+    }
+}
+
 /// The files at one location. Usable from any thread.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Store {
     location: String,
-    objects: Arc<dyn ObjectStore>,
-    shortcut: Shortcut,
+    place: Place,
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Local(Arc<dyn ObjectStore>, Shortcut),
+    Remote(Arc<Remote>),
 }
 
 /// How the files can be reached without the object store, which allocates for each read.
@@ -125,34 +206,58 @@ pub(crate) enum Opened {
     /// Opened for each read: a dataset may have more shards than a process may have open files.
     File(PathBuf),
     Builtin(&'static [u8]),
+    Remote(Arc<RemoteFile>),
 }
 
 impl Opened {
-    /// Fills `bytes` from `offset` on. `None` if that cannot be done, for whatever reason: the
-    /// store's own read says which.
-    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Option<()> {
+    /// Fills `bytes` from `offset` on. Whether that could be done: if not, for whatever reason, the store's
+    /// own read says which.
+    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<bool, SourceError> {
         match self {
-            Self::File(path) => File::open(path).ok()?.read_exact_at(bytes, offset).ok(),
+            Self::File(path) => {
+                Ok(File::open(path).is_ok_and(|file| file.read_exact_at(bytes, offset).is_ok()))
+            }
             Self::Builtin(contents) => {
-                let rest = contents.get(usize::try_from(offset).ok()?..)?;
-                bytes.copy_from_slice(rest.get(..bytes.len())?);
-                Some(())
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                let rest = contents.get(start..).and_then(|rest| rest.get(..bytes.len()));
+                Ok(rest.map(|found| bytes.copy_from_slice(found)).is_some())
+            }
+            Self::Remote(file) => file.read_at(offset, bytes).map(|()| true),
+        }
+    }
+
+    /// Forgets copies of these bytes that may be worse than what they are copies of. Whether there are any.
+    pub(crate) fn forget(&self, offset: u64, length: u64) -> bool {
+        match self {
+            Self::File(_) | Self::Builtin(_) => false,
+            Self::Remote(file) => {
+                file.forget(offset, length);
+                true
             }
         }
     }
 }
 
-impl fmt::Debug for Store {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Store").field(&self.location).finish()
-    }
+/// The process's own variables, without those that are no text.
+pub(crate) fn environment() -> Vec<(String, String)> {
+    let text = |(name, value): (OsString, OsString)| {
+        Some((name.into_string().ok()?, value.into_string().ok()?))
+    };
+    env::vars_os().filter_map(text).collect()
 }
 
 impl Store {
     /// For reading. The location must exist.
-    pub(crate) fn open(location: &str) -> Result<Self, SourceError> {
+    pub(crate) fn open(
+        location: &str,
+        variables: &[(String, String)],
+    ) -> Result<Self, SourceError> {
         match Location::parse(location)? {
             Location::Folder(path) => Self::folder(location, path),
+            Location::Bucket => {
+                let place = Place::Remote(Arc::new(Remote::open(location, variables)?));
+                Ok(Self { location: location.trim_end_matches('/').to_owned(), place })
+            }
             Location::Builtin("digits") => Ok(Self::builtin(location, &DIGITS)),
             Location::Builtin(name) => Err(SourceError::NoBuiltin { name: name.to_owned() }),
         }
@@ -178,8 +283,8 @@ impl Store {
         let objects = LocalFileSystem::new_with_prefix(path).map_err(|_| missing())?;
         // What a renamed file says must be on the disk before the manifest names it.
         let objects = Arc::new(objects.with_fsync(true));
-        let shortcut = Shortcut::Folder(PathBuf::from(path));
-        Ok(Self { location: path.trim_end_matches('/').to_owned(), objects, shortcut })
+        let place = Place::Local(objects, Shortcut::Folder(PathBuf::from(path)));
+        Ok(Self { location: path.trim_end_matches('/').to_owned(), place })
     }
 
     fn builtin(location: &str, files: &'static [(&'static str, &'static [u8])]) -> Self {
@@ -188,8 +293,8 @@ impl Store {
             let payload = PutPayload::from_static(bytes);
             block_on(objects.put(&Path::from(name), payload)).expect("memory takes every file");
         }
-        let shortcut = Shortcut::Builtin(files);
-        Self { location: location.to_owned(), objects: Arc::new(objects), shortcut }
+        let place = Place::Local(Arc::new(objects), Shortcut::Builtin(files));
+        Self { location: location.to_owned(), place }
     }
 
     /// How messages name a file: with its location.
@@ -197,36 +302,88 @@ impl Store {
         format!("{}/{name}", self.location)
     }
 
-    /// A file that will be read again and again.
-    pub(crate) fn opened(&self, name: &str) -> Opened {
-        match &self.shortcut {
-            Shortcut::Folder(folder) => Opened::File(folder.join(name)),
-            Shortcut::Builtin(files) => {
+    /// The far place that this is, if it is one.
+    pub(crate) fn remote(&self) -> Option<&Remote> {
+        match &self.place {
+            Place::Local(..) => None,
+            Place::Remote(remote) => Some(remote),
+        }
+    }
+
+    /// A file that will be read again and again. `digest` and `length`, in bytes, must be its own.
+    pub(crate) fn opened(&self, name: &str, digest: Sha256, length: u64) -> Opened {
+        match &self.place {
+            Place::Local(_, Shortcut::Folder(folder)) => Opened::File(folder.join(name)),
+            Place::Local(_, Shortcut::Builtin(files)) => {
                 let file = files.iter().find(|(known, _)| *known == name);
                 Opened::Builtin(file.map_or(&[], |(_, contents)| contents))
+            }
+            Place::Remote(remote) => {
+                Opened::Remote(Arc::new(RemoteFile::new(Arc::clone(remote), name, digest, length)))
             }
         }
     }
 
+    /// Makes ready to read these parts of files, offset and length in bytes, if they are far away.
+    pub(crate) fn prefetch<'a>(&self, parts: impl Iterator<Item = (&'a Opened, u64, u64)>) {
+        let Place::Remote(remote) = &self.place else { return };
+        let mut seen = HashSet::new();
+        let mut blocks = Vec::new(); // In the order in which they are needed.
+        for (opened, offset, length) in parts {
+            let Opened::Remote(file) = opened else { continue };
+            let new = blocks_of(offset, length)
+                .filter(|&block| seen.insert((Arc::as_ptr(file), block)))
+                .map(|block| (Arc::clone(file), block));
+            blocks.extend(new);
+        }
+        prefetch(remote, blocks);
+    }
+
     /// Length of a file in bytes.
     pub(crate) fn length(&self, name: &str) -> Result<u64, SourceError> {
-        match block_on(self.objects.head(&Path::from(name))) {
-            Ok(found) => Ok(found.size),
-            Err(error) => Err(self.unread(name, error)),
+        match &self.place {
+            Place::Local(objects, _) => {
+                let found = block_on(objects.head(&Path::from(name)));
+                found.map(|found| found.size).map_err(|error| self.unread(name, error))
+            }
+            Place::Remote(remote) => remote.length(name),
         }
     }
 
     /// A whole file.
     pub(crate) fn read(&self, name: &str) -> Result<Bytes, SourceError> {
         let path = Path::from(name);
-        block_on(async { self.objects.get(&path).await?.bytes().await })
-            .map_err(|error| self.unread(name, error))
+        match &self.place {
+            Place::Local(objects, _) => block_on(async { objects.get(&path).await?.bytes().await })
+                .map_err(|error| self.unread(name, error)),
+            Place::Remote(remote) => remote.whole(name),
+        }
+    }
+
+    /// A whole file that should have this digest, which is for the caller to check.
+    pub(crate) fn read_known(&self, name: &str, digest: Sha256) -> Result<Bytes, SourceError> {
+        match &self.place {
+            Place::Local(..) => self.read(name),
+            Place::Remote(remote) => {
+                let length = remote.length(name)?;
+                let file = RemoteFile::new(Arc::clone(remote), name, digest, length);
+                let bytes = file.whole()?;
+                if Sha256::of(&bytes) == digest {
+                    return Ok(bytes);
+                }
+                file.forget(0, length); // What came over the network may have been damaged there.
+                file.whole().inspect(|_| file.forget(0, length))
+            }
+        }
     }
 
     /// Some bytes of a file.
     pub(crate) fn read_range(&self, name: &str, range: Range<u64>) -> Result<Bytes, SourceError> {
-        block_on(self.objects.get_range(&Path::from(name), range))
-            .map_err(|error| self.unread(name, error))
+        match &self.place {
+            Place::Local(objects, _) => block_on(objects.get_range(&Path::from(name), range))
+                .map_err(|error| self.unread(name, error)),
+            Place::Remote(remote) => remote.range(name, range),
+        }
     }
 
     /// Writes a file under a temporary name and renames it; replaces what was there.
@@ -241,7 +398,7 @@ impl Store {
 
     /// Removes a file. One that is not there is no error.
     pub(crate) fn remove(&self, name: &str) -> Result<(), SourceError> {
-        match block_on(self.objects.delete(&Path::from(name))) {
+        match block_on(self.writable()?.delete(&Path::from(name))) {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(SourceError::Write { file: self.display(name), source }),
         }
@@ -251,26 +408,29 @@ impl Store {
         let options = PutOptions { mode, ..PutOptions::default() };
         let path = Path::from(name);
         let file = self.display(name);
-        match block_on(self.objects.put_opts(&path, PutPayload::from(bytes), options)) {
+        match block_on(self.writable()?.put_opts(&path, PutPayload::from(bytes), options)) {
             Ok(_) => Ok(()),
             Err(object_store::Error::AlreadyExists { .. }) => Err(SourceError::Exists { file }),
             Err(source) => Err(SourceError::Write { file, source }),
         }
     }
 
-    fn unread(&self, name: &str, error: object_store::Error) -> SourceError {
-        let file = self.display(name);
-        if matches!(error, object_store::Error::NotFound { .. }) {
-            SourceError::Missing { file }
-        } else {
-            SourceError::Read { file, source: error }
+    fn writable(&self) -> Result<&Arc<dyn ObjectStore>, SourceError> {
+        match &self.place {
+            Place::Local(objects, _) => Ok(objects),
+            Place::Remote(_) => Err(SourceError::ReadOnly { location: self.location.clone() }),
         }
+    }
+
+    fn unread(&self, name: &str, error: object_store::Error) -> SourceError {
+        SourceError::unread(self.display(name), error)
     }
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Location<'a> {
     Folder(&'a str),
+    Bucket,
     Builtin(&'a str),
 }
 
@@ -280,6 +440,8 @@ impl<'a> Location<'a> {
             Ok(Self::Builtin(name))
         } else if let Some(path) = location.strip_prefix("file://") {
             Ok(Self::Folder(path))
+        } else if location.starts_with("s3://") {
+            Ok(Self::Bucket)
         } else if location.contains("://") {
             Err(SourceError::UnknownScheme { location: location.to_owned() })
         } else {
@@ -297,15 +459,18 @@ mod tests {
         assert_eq!(Location::parse("data/pets").unwrap(), Location::Folder("data/pets"));
         assert_eq!(Location::parse("file:///data").unwrap(), Location::Folder("/data"));
         assert_eq!(Location::parse("builtin:digits").unwrap(), Location::Builtin("digits"));
-        let error = Location::parse("s3://bucket/data").unwrap_err().to_string();
-        assert!(error.contains("s3://bucket/data is of an unknown kind"), "{error}");
+        assert_eq!(Location::parse("s3://bucket/data").unwrap(), Location::Bucket);
+        let error = Location::parse("gs://bucket/data").unwrap_err().to_string();
+        assert!(error.contains("gs://bucket/data is of an unknown kind"), "{error}");
+        let error = Store::create("s3://bucket/data").unwrap_err().to_string();
+        assert!(error.contains("s3://bucket/data cannot be written: give a folder"), "{error}");
     }
 
     #[test]
     fn a_missing_folder_says_how_to_make_one() {
-        let error = Store::open("no/such/folder").unwrap_err().to_string();
+        let error = Store::open("no/such/folder", &[]).unwrap_err().to_string();
         assert!(error.contains("percheron shards pack SRC --out no/such/folder"), "{error}");
-        let error = Store::open("builtin:faces").unwrap_err().to_string();
+        let error = Store::open("builtin:faces", &[]).unwrap_err().to_string();
         assert!(error.contains("builtin:digits"), "{error}");
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ::shards::{
-    Dataset, Order,
+    Dataset, Order, RemoteReads,
     measure::{Pipeline, STAGES, Work},
 };
 use anyhow::{Context as _, Result, bail};
@@ -31,7 +31,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Reader {
-    /// The folder of a dataset, or `builtin:digits`.
+    /// The folder of a dataset, s3://BUCKET/PREFIX, or `builtin:digits`.
     #[arg(value_name = "LOCATION")]
     location: String,
     /// The split that is read.
@@ -103,6 +103,7 @@ fn run_reader(reader: &Reader) -> Result<()> {
     let seconds = cpu_seconds() - start;
     let bytes = (dataset.reads().bytes - before.bytes) as f64;
     let samples = reader.samples as f64;
+    let remote = dataset.reads().remote;
     let (ns, mean_bytes) = (seconds * 1e9 / samples, bytes / samples);
     if reader.json {
         let figures = serde_json::json!({
@@ -110,11 +111,29 @@ fn run_reader(reader: &Reader) -> Result<()> {
             "ns_per_sample": ns,
             "bytes_per_sample": mean_bytes,
             "bytes_per_core_s": bytes / seconds,
+            "fetched_bytes": remote.fetched_bytes,
+            "cache_hits": remote.cache_hits,
+            "cache_misses": remote.cache_misses,
+            "cache_unkept": remote.cache_unkept,
+            "hedged": remote.hedged,
+            "retried": remote.retried,
         });
         print::out(&figures.to_string());
     } else {
         print::out(&format!("{ns:.0} ns a sample of {:.1} KB on average", mean_bytes / 1e3));
         print::out(&format!("{:.2} GB a second and core", bytes / seconds / 1e9));
+        if remote != RemoteReads::default() {
+            print::out(&format!(
+                "{:.1} MB fetched; blocks: {} found in the cache, {} not, {} could not be kept; \
+                 requests: {} hedged, {} retried",
+                remote.fetched_bytes as f64 / 1e6,
+                remote.cache_hits,
+                remote.cache_misses,
+                remote.cache_unkept,
+                remote.hedged,
+                remote.retried,
+            ));
+        }
     }
     Ok(())
 }

@@ -1,0 +1,291 @@
+//! A dataset in S3, or in any store that speaks its protocol: where it is, and reads that heal.
+//!
+//! A read that fails by the network's or the server's fault is repeated, ever later. One that takes longer
+//! than 99 of the last 100 is asked for a second time, and whichever answer comes first counts.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    ops::Range,
+    pin::pin,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{
+    executor::block_on,
+    future::{Either, select},
+};
+use object_store::{
+    ClientOptions, Error, ObjectStoreExt as _, RetryConfig,
+    aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey},
+    path::Path,
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::Semaphore,
+    time::{Instant, sleep},
+};
+
+use crate::source::SourceError;
+
+/// A request that takes longer has failed. A block of 4 MiB takes this at 140 KiB/s.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Seven waits of 0.1 s, 0.2 s, ... 5 s: 11.3 s in all.
+const ATTEMPTS: u32 = 8;
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Requests at a time for one dataset, of one block each: 64 MiB in flight, and as much again at worst while
+/// every one of them is asked for a second time.
+pub(super) const IN_FLIGHT: usize = 16;
+
+/// What has gone over the network. Numbers for a person.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) fetched_bytes: AtomicU64,
+    pub(crate) hits: AtomicU64,
+    pub(crate) misses: AtomicU64,
+    pub(crate) unkept: AtomicU64,
+    pub(crate) hedged: AtomicU64,
+    pub(crate) retried: AtomicU64,
+}
+
+pub(super) fn count(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+/// The objects under a prefix of a bucket.
+pub(super) struct Bucket {
+    objects: AmazonS3,
+    prefix: Path,
+    runtime: Option<Runtime>,
+    permits: Semaphore,
+    latencies: Mutex<Latencies>,
+    pub(super) traffic: Traffic,
+}
+
+impl fmt::Debug for Bucket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Bucket").field(&self.prefix).finish()
+    }
+}
+
+impl Drop for Bucket {
+    fn drop(&mut self) {
+        // Dropped as it is, it would wait, which an async caller must not.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Bucket {
+    /// Opens `s3://BUCKET/PREFIX` with the variables of the AWS tools. Asks nothing of the store yet.
+    pub(super) fn open(
+        location: &str,
+        variables: &[(String, String)],
+    ) -> Result<Self, SourceError> {
+        let (bucket, prefix) = bucket_and_prefix(location)
+            .ok_or_else(|| SourceError::NoBucket { location: location.to_owned() })?;
+        let options = ClientOptions::new()
+            .with_timeout(REQUEST_TIMEOUT)
+            .with_connect_timeout(CONNECT_TIMEOUT);
+        let mut builder = AmazonS3Builder::new()
+            .with_client_options(options)
+            .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() }) // `retried` counts them.
+            .with_bucket_name(bucket);
+        for (name, value) in variables {
+            let Some(key) = known(name) else { continue };
+            let names_endpoint =
+                matches!(key, AmazonS3ConfigKey::Endpoint | AmazonS3ConfigKey::S3Endpoint);
+            if names_endpoint && value.starts_with("http://") {
+                builder = builder.with_allow_http(true); // Who names an endpoint without TLS wants it.
+            }
+            builder = builder.with_config(key, value);
+        }
+        let unusable = |source| SourceError::Settings { location: location.to_owned(), source };
+        let objects = builder.build().map_err(unusable)?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("dataset")
+            .enable_all()
+            .build()
+            .map_err(|source| SourceError::Threads { location: location.to_owned(), source })?;
+        Ok(Self {
+            objects,
+            prefix,
+            runtime: Some(runtime),
+            permits: Semaphore::new(IN_FLIGHT),
+            latencies: Mutex::default(),
+            traffic: Traffic::default(),
+        })
+    }
+
+    /// Waits on the calling thread, which may be one of another runtime; the network is served by our own.
+    pub(super) fn wait<F: Future>(&self, work: F) -> F::Output {
+        let _inside = self.runtime.as_ref().map(Runtime::enter);
+        block_on(work)
+    }
+
+    fn path(&self, name: &str) -> Path {
+        self.prefix.clone().join(name)
+    }
+
+    /// Length of an object in bytes.
+    pub(super) async fn length(&self, name: &str) -> Result<u64, Error> {
+        let path = self.path(name);
+        Ok(self.healed(|| self.objects.head(&path)).await?.size)
+    }
+
+    /// Some bytes of an object.
+    pub(super) async fn range(&self, name: &str, range: Range<u64>) -> Result<Bytes, Error> {
+        let path = self.path(name);
+        self.healed(|| self.hedged(&path, range.clone())).await
+    }
+
+    /// Repeats what fails by no fault of ours.
+    async fn healed<T, F>(&self, ask: impl Fn() -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let _permit = self.permits.acquire().await.expect("it is never closed");
+        let mut wait = BACKOFF_FIRST;
+        for _ in 1..ATTEMPTS {
+            match ask().await {
+                Err(error) if is_transient(&error) => {}
+                settled => return settled,
+            }
+            count(&self.traffic.retried, 1);
+            sleep(wait).await;
+            wait = (wait * 2).min(BACKOFF_MAX);
+        }
+        ask().await
+    }
+
+    async fn hedged(&self, path: &Path, range: Range<u64>) -> Result<Bytes, Error> {
+        let latencies = || self.latencies.lock().unwrap_or_else(PoisonError::into_inner);
+        let patience = latencies().p99();
+        let start = Instant::now();
+        let ask = || self.objects.get_range(path, range.clone());
+        let read = first_of_two(patience, ask, || count(&self.traffic.hedged, 1)).await;
+        if read.is_ok() {
+            latencies().add(start.elapsed());
+        }
+        read
+    }
+}
+
+/// The first answer that is no error, of one request or, after `patience`, of two.
+async fn first_of_two<T, F>(
+    patience: Option<Duration>,
+    ask: impl Fn() -> F,
+    hedged: impl FnOnce(),
+) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let first = pin!(ask());
+    let Some(patience) = patience else { return first.await };
+    let first = match select(first, pin!(sleep(patience))).await {
+        Either::Left((read, _)) => return read,
+        Either::Right(((), first)) => first,
+    };
+    hedged();
+    match select(first, pin!(ask())).await {
+        Either::Left((Ok(read), _)) | Either::Right((Ok(read), _)) => Ok(read),
+        Either::Left((Err(_), second)) => second.await,
+        Either::Right((Err(_), first)) => first.await,
+    }
+}
+
+/// How long the last reads took.
+#[derive(Debug, Default)]
+struct Latencies(VecDeque<Duration>);
+
+impl Latencies {
+    const KEPT: usize = 256;
+    /// Below this many the slowest says little.
+    const TELLING: usize = 64;
+    /// Asking twice for what comes that fast gains nothing.
+    const LEAST: Duration = Duration::from_millis(20);
+
+    fn add(&mut self, latency: Duration) {
+        if self.0.len() == Self::KEPT {
+            self.0.pop_front();
+        }
+        self.0.push_back(latency);
+    }
+
+    fn p99(&self) -> Option<Duration> {
+        let mut sorted: Vec<_> = self.0.iter().copied().collect();
+        sorted.sort_unstable();
+        let p99 = sorted.get(sorted.len() * 99 / 100)?;
+        (sorted.len() >= Self::TELLING).then(|| (*p99).max(Self::LEAST))
+    }
+}
+
+/// Broken connections, time-outs and answers of the kind 5xx. What the store has decided stays decided.
+fn is_transient(error: &Error) -> bool {
+    matches!(error, Error::Generic { .. })
+}
+
+fn known(variable: &str) -> Option<AmazonS3ConfigKey> {
+    let name = variable.starts_with("AWS_").then(|| variable.to_ascii_lowercase())?;
+    let key = name.parse().ok()?; // Most variables of AWS tools are not about the store.
+    (!matches!(key, AmazonS3ConfigKey::Bucket)).then_some(key) // The location says it.
+}
+
+fn bucket_and_prefix(location: &str) -> Option<(&str, Path)> {
+    let (bucket, prefix) = {
+        let rest = location.strip_prefix("s3://")?;
+        rest.split_once('/').unwrap_or((rest, ""))
+    };
+    let prefix = Path::parse(prefix.trim_end_matches('/')).ok()?;
+    (!bucket.is_empty()).then_some((bucket, prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, future::pending};
+
+    use super::*;
+
+    #[test]
+    fn a_location_is_a_bucket_and_a_prefix() {
+        let parsed = |location| bucket_and_prefix(location).map(|(b, p)| (b, p.to_string()));
+        assert_eq!(parsed("s3://b/data/pets/"), Some(("b", "data/pets".to_owned())));
+        assert_eq!(parsed("s3://b"), Some(("b", String::new())));
+        assert_eq!(parsed("s3:///data"), None);
+    }
+
+    #[test]
+    fn patience_ends_with_the_slowest_of_a_hundred() {
+        let mut latencies = Latencies::default();
+        for ms in 1..=63 {
+            latencies.add(Duration::from_millis(ms));
+        }
+        assert_eq!(latencies.p99(), None);
+        for ms in 64..=1000 {
+            latencies.add(Duration::from_millis(ms));
+        }
+        assert_eq!(latencies.p99(), Some(Duration::from_millis(998))); // Of 745..=1000.
+    }
+
+    #[tokio::test]
+    async fn a_read_that_hangs_is_overtaken_by_a_second() {
+        let (asked, hedged) = (Cell::new(0), Cell::new(0));
+        let ask = || {
+            asked.set(asked.get() + 1);
+            let hangs = asked.get() == 1;
+            async move { if hangs { pending().await } else { Ok("bytes") } }
+        };
+        let read = first_of_two(Some(Duration::ZERO), ask, || hedged.set(1)).await;
+        assert_eq!(read.unwrap(), "bytes");
+        assert_eq!((asked.get(), hedged.get()), (2, 1));
+    }
+}
