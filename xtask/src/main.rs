@@ -71,7 +71,7 @@ fn main() -> ExitCode {
 fn run(task: &Task) -> anyhow::Result<()> {
     let workspace = Workspace::find()?;
     match task {
-        Task::Setup => setup::run(&workspace),
+        Task::Setup => setup::run(&workspace).and_then(|()| setup::s3_server(&workspace)),
         Task::Demo => demo::run(&workspace),
         Task::Test => test::run(&workspace),
         Task::Lint => lint::run(&workspace),

