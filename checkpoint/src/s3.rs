@@ -10,11 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::join_all;
-use object_store::{
-    ClientOptions, PutMode, RetryConfig,
-    aws::{AmazonS3Builder, AmazonS3ConfigKey},
-    path::Path,
-};
+use object_store::{PutMode, RetryConfig};
 use thiserror::Error;
 
 use crate::store::{OpenError, Store, StoreError};
@@ -23,9 +19,6 @@ use crate::store::{OpenError, Store, StoreError};
 const RACERS: u8 = 8;
 /// Requests that fail by the server's fault are repeated for so long; [`crate::Retries`] goes on from there.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(10);
-/// A request that takes longer has failed. A part of 64 MiB takes this at 2 MiB/s.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a store must not hold checkpoints.
 #[derive(Debug, Error)]
@@ -46,49 +39,19 @@ pub enum ContractError {
     Store(#[from] StoreError),
 }
 
-/// Opens `s3://BUCKET/PREFIX`. `variables` are those of the AWS tools: `AWS_ACCESS_KEY_ID`,
-/// `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_REGION`, `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`,
-/// and those of roles (web identity, container, instance).
+/// Opens `s3://BUCKET/PREFIX`, with the variables that [`bucket::client`] knows.
 pub(crate) fn open(
     location: &str,
     variables: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Store, OpenError> {
     let unsupported = || OpenError::Unsupported { location: location.to_owned() };
-    let (bucket, prefix) = bucket_and_prefix(location).ok_or_else(unsupported)?;
-    let retry = RetryConfig { retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() };
-    let options =
-        ClientOptions::new().with_timeout(REQUEST_TIMEOUT).with_connect_timeout(CONNECT_TIMEOUT);
-    let mut builder = AmazonS3Builder::new()
-        .with_client_options(options)
-        .with_retry(retry)
-        .with_bucket_name(bucket);
-    for (name, value) in variables {
-        let Some(key) = known(&name) else { continue };
-        // Who names an endpoint without TLS wants it.
-        let is_endpoint =
-            matches!(key, AmazonS3ConfigKey::Endpoint | AmazonS3ConfigKey::S3Endpoint);
-        if is_endpoint && value.starts_with("http://") {
-            builder = builder.with_allow_http(true);
-        }
-        builder = builder.with_config(key, value);
-    }
+    let (builder, prefix) = bucket::client(location, variables).ok_or_else(unsupported)?;
+    let builder =
+        builder.with_retry(RetryConfig { retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() });
     let objects = builder
         .build()
         .map_err(|source| OpenError::Store { location: location.to_owned(), source })?;
     Ok(Store::new(Arc::new(objects), prefix, location))
-}
-
-fn known(variable: &str) -> Option<AmazonS3ConfigKey> {
-    let name = variable.starts_with("AWS_").then(|| variable.to_ascii_lowercase())?;
-    let key = name.parse().ok()?; // Most variables of AWS tools are not about the store.
-    (!matches!(key, AmazonS3ConfigKey::Bucket)).then_some(key) // The location says it.
-}
-
-fn bucket_and_prefix(location: &str) -> Option<(&str, Path)> {
-    let rest = location.strip_prefix("s3://")?;
-    let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-    let prefix = Path::parse(prefix.trim_end_matches('/')).ok()?;
-    (!bucket.is_empty()).then_some((bucket, prefix))
 }
 
 impl Store {
@@ -135,29 +98,5 @@ impl Store {
                 winners.len()
             )),
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_location_is_a_bucket_and_a_prefix() {
-        let parsed = |location| bucket_and_prefix(location).map(|(b, p)| (b, p.to_string()));
-        assert_eq!(parsed("s3://b/runs/one/"), Some(("b", "runs/one".to_owned())));
-        assert_eq!(parsed("s3://b"), Some(("b", String::new())));
-        assert_eq!(parsed("s3:///runs"), None);
-        assert_eq!(parsed("s3://b/a//c"), None);
-        assert_eq!(parsed("gs://b/a"), None);
-    }
-
-    #[test]
-    fn only_what_is_about_the_store_is_taken_from_the_environment() {
-        assert_eq!(known("AWS_ENDPOINT_URL"), Some(AmazonS3ConfigKey::Endpoint));
-        assert_eq!(known("AWS_ENDPOINT_URL_S3"), Some(AmazonS3ConfigKey::S3Endpoint));
-        assert_eq!(known("AWS_BUCKET"), None);
-        assert_eq!(known("AWS_PAGER"), None);
-        assert_eq!(known("REGION"), None);
     }
 }

@@ -1,7 +1,6 @@
 //! Where a run's objects are, and errors that say which of them.
 
 use std::{
-    ffi::OsString,
     fmt, io,
     path::{Path as FolderPath, PathBuf},
     sync::Arc,
@@ -120,10 +119,7 @@ impl Store {
     /// # Errors
     /// [`OpenError`].
     pub fn open(location: &str) -> Result<Self, OpenError> {
-        let in_utf_8 = |(name, value): (OsString, OsString)| {
-            Some((name.into_string().ok()?, value.into_string().ok()?))
-        };
-        Self::open_with(location, std::env::vars_os().filter_map(in_utf_8))
+        Self::open_with(location, bucket::environment())
     }
 
     /// As [`Store::open`], with these environment variables.

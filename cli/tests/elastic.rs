@@ -13,41 +13,23 @@ use cluster::Record;
 use coordinator::EventLog;
 use serde_json::Value;
 
-const STEPS: u64 = 8;
+use crate::short_run::{STEPS, summary, text};
+
+mod short_run;
 
 /// `percheron up` of the short recipe into `run_dir`.
 fn command(run_dir: &Path, workers: u32, chaos: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_percheron"));
-    command.args(["up", "--recipe", "digits", "--json", "--workers", &workers.to_string()]);
-    for set in [
-        &format!("max_steps={STEPS}"),
-        "batch_size=2",
-        "evaluate_every_epochs=0",
-        "checkpoint.every_steps=3",
-        "checkpoint.part_mib=8",
-        "elastic.max_recovery=4s",
-        "schedule.warmup_epochs=0",
-    ] {
-        command.args(["--set", set]);
-    }
+    let mut command = short_run::command(run_dir, workers);
     if !chaos.is_empty() {
         command.args(["--chaos", chaos]);
     }
-    command.arg("--run-dir").arg(run_dir).stdin(Stdio::null());
     command
 }
 
 /// Trains; returns the last line of `--json`.
 fn up(run_dir: &Path, workers: u32, chaos: &str) -> Value {
     let output = command(run_dir, workers, chaos).output().unwrap();
-    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{workers} workers, {chaos:?}:\n{stderr}\n{stdout}");
-    let last = stdout.lines().last().unwrap();
-    serde_json::from_str(last).unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+    summary(&output, &format!("{workers} workers, {chaos:?}"))
 }
 
 /// The steps that the run adopted, in the order of its log.

@@ -12,41 +12,25 @@ use std::{
 use serde_json::Value;
 use testing::{Breakage, Proxy, Rule, S3Server};
 
-/// `percheron up` of a short recipe; `variables` are in its environment.
+use crate::short_run::{STEPS, summary, text};
+
+mod short_run;
+
+/// `percheron up` of the short recipe; `variables` are in its environment.
 fn command(run_dir: &Path, workers: u32, variables: &[(String, String)]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_percheron"));
-    command.args(["up", "--recipe", "digits", "--json", "--workers", &workers.to_string()]);
-    for set in [
-        "max_steps=8",
-        "batch_size=2",
-        "evaluate_every_epochs=0",
-        "checkpoint.every_steps=3",
-        "checkpoint.part_mib=8",
-        "elastic.max_recovery=4s",
-        "schedule.warmup_epochs=0",
-    ] {
-        command.args(["--set", set]);
-    }
-    command.arg("--run-dir").arg(run_dir).stdin(Stdio::null());
+    let mut command = short_run::command(run_dir, workers);
     command.envs(variables.iter().map(|(name, value)| (name, value)));
     command
 }
 
 fn finished(command: &mut Command) -> Value {
-    let output = command.output().unwrap();
-    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{stderr}\n{stdout}");
-    serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+    summary(&command.output().unwrap(), "a run in S3")
 }
 
 fn refused(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stdout));
     text(&output.stderr)
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// What a client has in its environment that speaks to `port`.
@@ -98,7 +82,8 @@ async fn a_run_in_s3_is_moved_and_resized_and_its_store_fails_and_it_ends_with_t
     let direct = server.variables();
     let other = folder.path().join("other");
     let said = refused(command(&other, 1, &direct).args(["--checkpoints", &location]));
-    assert!(said.contains("holds another run's checkpoints, up to step 8"), "{said}");
+    let taken = format!("holds another run's checkpoints, up to step {STEPS}");
+    assert!(said.contains(&taken), "{said}");
     assert!(!other.exists(), "nothing is begun");
     let said = refused(command(&after, 1, &direct).args(["--checkpoints", "s3://test/other"]));
     assert!(said.contains("keeps its checkpoints in s3://test/runs/moved"), "{said}");

@@ -9,7 +9,7 @@ use crate::{
     format,
     index::{Index, IndexError, Record},
     manifest::{Manifest, ManifestError, Shard},
-    source::{Opened, SourceError, Store, environment},
+    source::{Opened, SourceError, Store},
 };
 
 /// A packed split, open for reading from any number of threads.
@@ -215,7 +215,7 @@ impl Dataset {
     /// # Errors
     /// [`OpenError`] names the first file that is missing, damaged or of another split.
     pub fn open(location: &str, split: &str) -> Result<Self, OpenError> {
-        Self::open_with(location, split, &environment())
+        Self::open_with(location, split, &bucket::environment().collect::<Vec<_>>())
     }
 
     /// [`Dataset::open`] with the variables of another environment than the process's.

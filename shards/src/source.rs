@@ -13,8 +13,6 @@ mod s3;
 
 use std::{
     collections::HashSet,
-    env,
-    ffi::OsString,
     fs::{self, File},
     ops::Range,
     os::unix::fs::FileExt,
@@ -236,14 +234,6 @@ impl Opened {
             }
         }
     }
-}
-
-/// The process's own variables, without those that are no text.
-pub(crate) fn environment() -> Vec<(String, String)> {
-    let text = |(name, value): (OsString, OsString)| {
-        Some((name.into_string().ok()?, value.into_string().ok()?))
-    };
-    env::vars_os().filter_map(text).collect()
 }
 
 impl Store {

@@ -21,6 +21,7 @@ use object_store::{
     ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory,
     path::Path,
 };
+use testing::Chance;
 
 use crate::fixture::{in_memory, layout, manifest, state};
 
@@ -135,19 +136,6 @@ impl ObjectStore for Mortal {
     }
 }
 
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
-}
-
 fn view(objects: Arc<dyn ObjectStore>) -> Store {
     Store::new(objects, Path::from("run"), "memory:///run")
 }
@@ -183,7 +171,7 @@ async fn live(
 async fn whenever_a_process_dies_the_newest_checkpoint_is_whole_and_none_is_lost() {
     let (mut crashes, mut reached) = (0, 0);
     for seed in 0.. {
-        let mut chance = Chance(seed);
+        let mut chance = Chance::new(seed);
         let objects = Arc::new(InMemory::new());
         let mut known = Vec::new();
         for life in 0..4 {

@@ -11,6 +11,7 @@ use std::{
 
 use cluster::{Record, Step, Timestamp};
 use redb::{Database, StorageBackend};
+use testing::Chance;
 
 use super::EventLog;
 
@@ -120,19 +121,6 @@ impl StorageBackend for Machine {
     }
 }
 
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
-}
-
 fn open(machine: &Machine) -> Result<EventLog, super::LogError> {
     let mut builder = Database::builder();
     builder.set_cache_size(1 << 16);
@@ -158,7 +146,7 @@ fn work(log: Result<EventLog, super::LogError>, chance: &mut Chance, effective: 
 fn whenever_the_machine_stops_no_record_that_had_taken_effect_is_lost() {
     let (mut stops, mut longest) = (0, 0);
     for seed in 0.. {
-        let mut chance = Chance(seed);
+        let mut chance = Chance::new(seed);
         let machine = Machine::default();
         drop(open(&machine).expect("nothing stops yet"));
         let mut effective = 0;

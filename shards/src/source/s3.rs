@@ -20,11 +20,7 @@ use futures::{
     executor::block_on,
     future::{Either, select},
 };
-use object_store::{
-    ClientOptions, Error, ObjectStoreExt as _, RetryConfig,
-    aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey},
-    path::Path,
-};
+use object_store::{Error, ObjectStoreExt as _, RetryConfig, aws::AmazonS3, path::Path};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::Semaphore,
@@ -33,9 +29,6 @@ use tokio::{
 
 use crate::source::SourceError;
 
-/// A request that takes longer has failed. A block of 4 MiB takes this at 140 KiB/s.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Seven waits of 0.1 s, 0.2 s, ... 5 s: 11.3 s in all.
 const ATTEMPTS: u32 = 8;
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
@@ -90,24 +83,10 @@ impl Bucket {
         location: &str,
         variables: &[(String, String)],
     ) -> Result<Self, SourceError> {
-        let (bucket, prefix) = bucket_and_prefix(location)
+        let (builder, prefix) = bucket::client(location, variables.iter().cloned())
             .ok_or_else(|| SourceError::NoBucket { location: location.to_owned() })?;
-        let options = ClientOptions::new()
-            .with_timeout(REQUEST_TIMEOUT)
-            .with_connect_timeout(CONNECT_TIMEOUT);
-        let mut builder = AmazonS3Builder::new()
-            .with_client_options(options)
-            .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() }) // `retried` counts them.
-            .with_bucket_name(bucket);
-        for (name, value) in variables {
-            let Some(key) = known(name) else { continue };
-            let names_endpoint =
-                matches!(key, AmazonS3ConfigKey::Endpoint | AmazonS3ConfigKey::S3Endpoint);
-            if names_endpoint && value.starts_with("http://") {
-                builder = builder.with_allow_http(true); // Who names an endpoint without TLS wants it.
-            }
-            builder = builder.with_config(key, value);
-        }
+        // `retried` counts them.
+        let builder = builder.with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() });
         let unusable = |source| SourceError::Settings { location: location.to_owned(), source };
         let objects = builder.build().map_err(unusable)?;
         let runtime = Builder::new_multi_thread()
@@ -234,34 +213,11 @@ fn is_transient(error: &Error) -> bool {
     matches!(error, Error::Generic { .. })
 }
 
-fn known(variable: &str) -> Option<AmazonS3ConfigKey> {
-    let name = variable.starts_with("AWS_").then(|| variable.to_ascii_lowercase())?;
-    let key = name.parse().ok()?; // Most variables of AWS tools are not about the store.
-    (!matches!(key, AmazonS3ConfigKey::Bucket)).then_some(key) // The location says it.
-}
-
-fn bucket_and_prefix(location: &str) -> Option<(&str, Path)> {
-    let (bucket, prefix) = {
-        let rest = location.strip_prefix("s3://")?;
-        rest.split_once('/').unwrap_or((rest, ""))
-    };
-    let prefix = Path::parse(prefix.trim_end_matches('/')).ok()?;
-    (!bucket.is_empty()).then_some((bucket, prefix))
-}
-
 #[cfg(test)]
 mod tests {
     use std::{cell::Cell, future::pending};
 
     use super::*;
-
-    #[test]
-    fn a_location_is_a_bucket_and_a_prefix() {
-        let parsed = |location| bucket_and_prefix(location).map(|(b, p)| (b, p.to_string()));
-        assert_eq!(parsed("s3://b/data/pets/"), Some(("b", "data/pets".to_owned())));
-        assert_eq!(parsed("s3://b"), Some(("b", String::new())));
-        assert_eq!(parsed("s3:///data"), None);
-    }
 
     #[test]
     fn patience_ends_with_the_slowest_of_a_hundred() {

@@ -10,16 +10,17 @@ use crate::process;
 use crate::workspace::Workspace;
 
 /// The allowed arrows between our crates. A new one needs a decision record.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("cluster", &[]),
     ("libtorch", &[]),
+    ("bucket", &[]),
     ("xtask", &[]),
     (TESTING, &[]),
     ("recipe", &["cluster"]),
     ("proto", &["cluster"]),
     ("simulation", &["cluster"]),
-    ("shards", &["cluster"]),
-    ("checkpoint", &["cluster"]),
+    ("shards", &["cluster", "bucket"]),
+    ("checkpoint", &["cluster", "bucket"]),
     ("collective", &["cluster", "libtorch"]),
     ("model", &["libtorch"]),
     ("coordinator", &["cluster", "proto", "checkpoint"]),
