@@ -15,5 +15,6 @@ fn main() {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .file("cpp/shim.cpp")
+        .file("cpp/cuda.cpp")
         .compile("percheron_shim");
 }

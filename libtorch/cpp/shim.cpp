@@ -17,24 +17,9 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
+
 namespace {
-
-thread_local std::string last_error;
-
-template <class F>
-const char* guarded(F&& body) noexcept {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error& error) {
-    last_error = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return last_error.c_str();
-}
 
 // tch's `Tensor::as_ptr` is an `at::Tensor*`.
 const at::Tensor& tensor(const void* handle) { return *static_cast<const at::Tensor*>(handle); }
@@ -114,6 +99,8 @@ const char* percheron_set_deterministic() {
     context.setDeterministicFillUninitializedMemory(false);
     context.setDeterministicCuDNN(true);
     context.setBenchmarkCuDNN(false);
+    // Single precision is single precision on CUDA too.
+    context.setAllowTF32CuDNN(false);
   });
 }
 
@@ -191,6 +178,19 @@ const char* percheron_gradients(const void* loss, const void* const* leaves, siz
         /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/false, inputs);
 
     c10::NoGradGuard no_grad;
+    if (!out.is_cpu()) {
+      // A few launches for all of them, instead of one each.
+      std::vector<at::Tensor> rows;
+      rows.reserve(count);
+      for (size_t i = 0; i < count; ++i) {
+        const auto& leaf = tensor(leaves[i]);
+        const auto gradient = gradients[i].defined() ? gradients[i] : at::zeros_like(leaf);
+        TORCH_CHECK(gradient.numel() == leaf.numel(), "gradient ", i, " has another size than its leaf");
+        rows.push_back(gradient.reshape(-1));
+      }
+      at::cat_out(out, rows);
+      return;
+    }
     const int64_t width = out.element_size();
     int64_t offset = 0;
     for (size_t i = 0; i < count; ++i) {

@@ -8,6 +8,7 @@
 //! **Invariant**: this crate and the bindings of libjpeg-turbo are the only homes of `unsafe`.
 
 mod autocast;
+pub mod cuda;
 mod custom;
 mod fingerprint;
 mod flat;

@@ -3,7 +3,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
-// SAFETY: the signatures are those of cpp/shim.cpp. Every function returns null or an error text that
+// SAFETY: the signatures are those of cpp/shim.cpp and cpp/cuda.cpp. Every function returns null or an error text that
 // lives until the next call on this thread, and never unwinds.
 unsafe extern "C" {
     pub(crate) safe fn percheron_set_deterministic() -> *const c_char;
@@ -30,6 +30,21 @@ unsafe extern "C" {
         backward: extern "C" fn(*mut c_void, *const c_void, *mut c_void, usize) -> c_int,
         drop: extern "C" fn(*mut c_void),
     ) -> *const c_char;
+    pub(crate) safe fn percheron_cuda_enter(ordinal: c_int) -> *const c_char;
+    pub(crate) safe fn percheron_cuda_synchronize(ordinal: c_int) -> *const c_char;
+    pub(crate) fn percheron_cuda_stream(ordinal: c_int, out: *mut *mut c_void) -> *const c_char;
+    pub(crate) fn percheron_cuda_peak(ordinal: c_int, out: *mut usize) -> *const c_char;
+    pub(crate) fn percheron_marker_new(out: *mut *mut c_void) -> *const c_char;
+    pub(crate) fn percheron_marker_record(marker: *mut c_void, ordinal: c_int) -> *const c_char;
+    pub(crate) fn percheron_marker_is_passed(
+        marker: *const c_void,
+        out: *mut c_int,
+    ) -> *const c_char;
+    pub(crate) fn percheron_marker_drop(marker: *mut c_void);
+    pub(crate) fn percheron_graph_begin(out: *mut *mut c_void) -> *const c_char;
+    pub(crate) fn percheron_graph_end(graph: *mut c_void) -> *const c_char;
+    pub(crate) fn percheron_graph_replay(graph: *mut c_void) -> *const c_char;
+    pub(crate) fn percheron_graph_drop(graph: *mut c_void);
     pub(crate) fn percheron_assign(slots: *mut c_void, index: usize, value: *const c_void);
 }
 

@@ -9,7 +9,7 @@ use crate::attention::{CrossAttention, CrossWidths, Mlp};
 use crate::init::Init;
 use crate::layers::{Conv2d, ConvSize, Mode};
 use crate::params::Scope;
-use crate::{fused, neighbourhood};
+use crate::{fused, neighbourhood, products};
 
 /// The latents read a 7×7 summary of the features.
 const GRID: i64 = 7;
@@ -70,6 +70,9 @@ impl LatentRead {
                 Some((_, (weight, Some(bias)))) if fused::takes(x) => {
                     neighbourhood::summary(x, weight, bias)
                 }
+                Some((_, (weight, Some(bias)))) if products::take(x) => {
+                    products::summary(x, weight, bias)
+                }
                 Some((convolution, _)) => summary(&(convolution.forward(x) + x)),
                 None => summary(x),
             }; // [B, C, 7, 7]
@@ -91,19 +94,8 @@ fn summary(x: &Tensor) -> Tensor {
 /// [`summary`] as two matrix products.
 fn summary_by_products(x: &Tensor) -> Tensor {
     let size = x.size();
-    let cells = |length: i64| cell_weights(length).to_kind(x.kind()).to_device(x.device());
+    let cells = |length: i64| products::window_means(length, 1, (x.kind(), x.device()));
     cells(size[2]).matmul(&x.matmul(&cells(size[3]).tr()))
-}
-
-/// `[7, length]`: cell i is the mean of places ⌊i·length/7⌋ to ⌈(i+1)·length/7⌉ - 1.
-fn cell_weights(length: i64) -> Tensor {
-    let weight = |cell: i64, place: i64| {
-        let (start, end) = (cell * length / GRID, ((cell + 1) * length + GRID - 1) / GRID);
-        if (start..end).contains(&place) { 1.0 / (end - start) as f64 } else { 0.0 }
-    };
-    let row = |cell: i64| (0..length).map(move |place| weight(cell, place));
-    let weights: Vec<f64> = (0..GRID).flat_map(row).collect();
-    Tensor::from_slice(&weights).view([GRID, length])
 }
 
 /// Lets the latent code write to the image features: a Z→X arrow.

@@ -20,6 +20,7 @@ mod latent;
 mod layers;
 mod neighbourhood;
 mod norm;
+mod products;
 mod variants;
 
 pub mod config;

@@ -3,7 +3,7 @@
 //! Axes: B batch, K classes.
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::exit::Exits;
 
@@ -77,7 +77,9 @@ pub fn multi_exit(exits: &Exits, targets: Targets<'_>, config: &LossConfig) -> L
     }; // [B, K]
     let cross_entropy = mean_over_batch(&(&log_probabilities * target)).neg(); // [4]
     let factors = [config.att_factor, config.att_factor, config.cnn_factor, config.merge_factor];
-    let factors = Tensor::from_slice(&factors).to_kind(logits.kind()).to_device(logits.device());
+    // Made where they are used: a copy from the host cannot be a part of a graph.
+    let factor = |value: &f64| Tensor::full([1], *value, (logits.kind(), logits.device()));
+    let factors = Tensor::cat(&factors.each_ref().map(factor), 0); // [4]
     let supervised = cross_entropy.dot(&factors);
 
     if !config.with_kd {
@@ -110,5 +112,8 @@ fn mean_over_batch(x: &Tensor) -> Tensor {
 fn smoothed(labels: &Tensor, smoothing: f64, logits: &Tensor) -> Tensor {
     let classes = logits.size()[2];
     let rest = smoothing / classes as f64;
-    labels.one_hot(classes).to_kind(logits.kind()) * (1.0 - smoothing) + rest
+    // `one_hot` would wait for the largest label.
+    let places = Tensor::arange(classes, (Kind::Int64, labels.device()));
+    let hot = labels.unsqueeze(-1).eq_tensor(&places); // [B, K]
+    hot.to_kind(logits.kind()) * (1.0 - smoothing) + rest
 }

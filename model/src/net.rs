@@ -226,10 +226,9 @@ impl Parts {
     }
 }
 
-/// Images as the convolutions take them: on the CPU with channels next to each other, where all that follows
-/// keeps them.
+/// Images as the convolutions take them: with channels next to each other, where all that follows keeps them.
 fn laid_out(images: &Tensor) -> Tensor {
-    if images.device() != Device::Cpu || images.kind() != Kind::Float {
+    if images.device() == Device::Cpu && images.kind() != Kind::Float {
         return images.shallow_clone();
     }
     let rows = images.permute([0, 2, 3, 1]).contiguous(); // [B, S, S, 3]

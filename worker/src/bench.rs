@@ -13,12 +13,14 @@ use std::time::Instant;
 
 use clap::Args;
 use model::{
-    AdamW, AdamWConfig, Architecture, Draws, Ema, Layout, LossConfig, ModelConfig, Network,
-    Targets, Update, Weights, multi_exit,
+    AdamW, AdamWConfig, Architecture, Draws, Ema, Layout, LossConfig, ModelConfig, Network, Update,
+    Weights,
 };
 use rustix::time::{ClockId, clock_gettime};
 use sha2::{Digest as _, Sha256};
 use tch::{Device, Kind, Tensor};
+
+use crate::pass::{Inputs, Pass, Rules, Statistics};
 
 /// CPU time and memory of a training step on one process, on made images.
 #[derive(Debug, Clone, Args)]
@@ -41,6 +43,15 @@ pub struct Options {
     /// Steps that are measured, after one that is not.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub steps: u64,
+    /// Where to compute: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu", value_parser = crate::device::parse)]
+    pub device: Device,
+    /// What products and convolutions compute in.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    pub precision: String,
+    /// Record forward and backward once as a CUDA graph and replay it.
+    #[arg(long)]
+    pub graph: bool,
     /// Print one object and nothing else.
     #[arg(long)]
     pub json: bool,
@@ -55,6 +66,9 @@ pub enum BenchError {
     /// The backward pass.
     #[error("the backward pass failed")]
     Backward(#[from] model::GradientError),
+    /// A graph of what has no graphs.
+    #[error("--graph needs --device cuda")]
+    Graph,
 }
 
 /// Seconds of the parts of a step.
@@ -78,8 +92,8 @@ impl Times {
 pub struct Report {
     options: Options,
     medians: Vec<(&'static str, f64)>,
-    /// The most memory the process has held, in 10⁶ bytes.
-    peak_rss_mb: f64,
+    /// The most memory the process has held, and its tensors on the device, in 10⁶ bytes.
+    peaks: [(&'static str, f64); 2],
     /// Of the parameters after the last step.
     params_sha256: String,
 }
@@ -88,12 +102,15 @@ impl Report {
     /// One line of JSON.
     #[must_use]
     pub fn json(&self) -> String {
-        let Options { model, batch, size, classes, threads, steps, .. } = &self.options;
+        let Options { model, batch, size, classes, threads, steps, precision, graph, .. } =
+            &self.options;
         let mut text = format!(
             "{{\"model\":\"{model}\",\"batch\":{batch},\"size\":{size},\"classes\":{classes},\
-             \"threads\":{threads},\"steps\":{steps}"
+             \"threads\":{threads},\"steps\":{steps},\"device\":\"{}\",\
+             \"precision\":\"{precision}\",\"graph\":{graph}",
+            crate::device::name(self.options.device)
         );
-        for (name, value) in self.medians.iter().chain([&("peak_rss_mb", self.peak_rss_mb)]) {
+        for (name, value) in self.medians.iter().chain(&self.peaks) {
             write!(text, ",\"{name}\":{value:.6}").expect("memory takes text");
         }
         write!(text, ",\"params_sha256\":\"{}\"}}", self.params_sha256).expect("memory takes text");
@@ -111,7 +128,9 @@ impl fmt::Display for Report {
         for (name, value) in &self.medians {
             writeln!(f, "  {name:<18} {value:>8.3} s")?;
         }
-        writeln!(f, "  {:<18} {:>8.0} MB", "peak_rss_mb", self.peak_rss_mb)?;
+        for (name, value) in &self.peaks {
+            writeln!(f, "  {name:<18} {value:>8.0} MB")?;
+        }
         write!(f, "  {:<18} {}", "params_sha256", self.params_sha256)
     }
 }
@@ -124,6 +143,10 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     let published = ModelConfig::published(&options.model);
     let config = ModelConfig { classes: options.classes, input_size: options.size, ..published };
     let architecture = Architecture::try_from(&config)?;
+    if options.graph && !options.device.is_cuda() {
+        return Err(BenchError::Graph);
+    }
+    libtorch::cuda::enter(options.device)?;
     let (times, params_sha256) = measure(&architecture, options)?;
     let median = |part: &dyn Fn(&Times) -> f64| {
         let mut values: Vec<f64> = times.iter().map(part).collect();
@@ -138,7 +161,9 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         ("total_cpu_s", median(&Times::total)),
         ("wall_s", median(&|t| t.wall)),
     ];
-    Ok(Report { options: options.clone(), medians, peak_rss_mb: peak_rss_mb(), params_sha256 })
+    let device_peak_mb = libtorch::cuda::peak_bytes(options.device)? as f64 / 1e6;
+    let peaks = [("peak_rss_mb", peak_rss_mb()), ("device_peak_mb", device_peak_mb)];
+    Ok(Report { options: options.clone(), medians, peaks, params_sha256 })
 }
 
 /// The times of the steps but the first, and the digest of the parameters after the last.
@@ -146,49 +171,64 @@ fn measure(
     architecture: &Architecture,
     options: &Options,
 ) -> Result<(Vec<Times>, String), BenchError> {
+    let device = options.device;
     let layout = Arc::new(Layout::of(architecture));
-    let mut weights = Weights::initial(layout.clone(), 0, Kind::Float, Device::Cpu);
+    let mut weights = Weights::initial(layout.clone(), 0, Kind::Float, device);
+    let start = weights.buffers().copy();
     let network = Network::new(architecture, &weights);
     let mut optimizer = AdamW::new(AdamWConfig::default(), &layout, weights.params());
     let mut ema = Ema::new(&weights);
-    let mut gradients = weights.params().zeros_like();
-    let (images, labels) = made(options);
+    let short = options.precision == "bf16";
+    let precision = if short { Kind::BFloat16 } else { Kind::Float };
+    let loss = LossConfig::default();
+    let rules = Rules { precision, loss, update_freq: 1, graph: options.graph };
+    let mut pass = Pass::new(rules, layout.param_len(), device);
     let mut times = Vec::new();
-    for step in 0..=options.steps {
+    let warm_ups = if device.is_cuda() { 10 } else { 1 };
+    for step in 0..options.steps + warm_ups {
         let draws = Draws { seed: 0, step, virtual_rank: 0 };
-        let (wall, start) = (Instant::now(), cpu_s());
-        let exits = network.forward_train(&images, &draws);
-        let losses = multi_exit(&exits, Targets::Labels(&labels), &LossConfig::default());
-        drop(exits);
-        let forward = cpu_s();
-        network.gradients(&losses.total, &mut gradients)?;
-        let backward = cpu_s();
+        let inputs = made(options);
+        libtorch::cuda::synchronize(device)?;
+        let (wall, begun) = (Instant::now(), cpu_s());
+        let forward = if options.graph {
+            let statistics = Statistics { moving: weights.buffers_mut(), start: &start };
+            pass.run(&network, statistics, &draws, inputs)?;
+            cpu_s() // Both are one launch.
+        } else {
+            let total = pass.forward(&network, &draws, &inputs)?;
+            let forward = cpu_s();
+            pass.backward(&network, &total)?;
+            forward
+        };
+        let passed = cpu_s();
         let update = Update { step, learning_rate: 1e-3, weight_decay: 0.05 };
-        optimizer.step(weights.params_mut(), &gradients, &update);
+        optimizer.step(weights.params_mut(), pass.gradients(), &update);
         let optimized = cpu_s();
         ema.update(&weights, 0.9999);
+        libtorch::cuda::synchronize(device)?;
         let averaged = cpu_s();
-        if step > 0 {
+        if step >= warm_ups {
             times.push(Times {
-                forward: forward - start,
-                backward: backward - forward,
-                optimizer: optimized - backward,
+                forward: forward - begun,
+                backward: passed - forward,
+                optimizer: optimized - passed,
                 average: averaged - optimized,
                 wall: wall.elapsed().as_secs_f64(),
             });
         }
     }
-    let params = libtorch::slice::<f32>(weights.params()).expect("they are f32 on the host");
+    let params = weights.params().to_device(Device::Cpu);
+    let params = libtorch::slice::<f32>(&params).expect("they are f32 on the host");
     Ok((times, hex::encode(Sha256::digest(bytemuck::cast_slice::<f32, u8>(params)))))
 }
 
-/// Images `[B, 3, S, S]` and labels `[B]`.
-fn made(options: &Options) -> (Tensor, Tensor) {
-    let Options { batch, size, classes, .. } = *options;
-    let kind = (Kind::Float, Device::Cpu);
+/// A micro-batch of waves.
+fn made(options: &Options) -> Inputs {
+    let Options { batch, size, classes, device, .. } = *options;
+    let kind = (Kind::Float, device);
     let images = Tensor::linspace(-2.0, 2.0, batch * 3 * size * size, kind).sin();
-    let labels = Tensor::arange(batch, (Kind::Int64, Device::Cpu)).remainder(classes);
-    (images.view([batch, 3, size, size]), labels)
+    let labels = Tensor::arange(batch, (Kind::Int64, device)).remainder(classes);
+    Inputs { images: images.view([batch, 3, size, size]), labels, targets: None }
 }
 
 /// Seconds that all threads of this process have run.

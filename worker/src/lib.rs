@@ -18,6 +18,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod device;
 pub mod progress;
 pub mod setup;
 pub mod tool;
@@ -25,3 +26,4 @@ pub mod train;
 pub mod weights;
 
 mod feed;
+mod pass;

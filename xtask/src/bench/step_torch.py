@@ -150,25 +150,39 @@ def main():
         options.add_argument("--" + name, type=int, default=default)
     options.add_argument("--model", required=True)
     options.add_argument("--channels-last", action="store_true")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--precision", choices=("f32", "bf16"), default="f32")
+    options.add_argument("--compile", action="store_true")
     options.add_argument("--json", action="store_true")
     o = options.parse_args()
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
+    device = torch.device(o.device)
+    on_card = device.type == "cuda"
+    finish = torch.cuda.synchronize if on_card else lambda: None
     backbone, tokens = o.model.split("_perceiver_t")
     net = Net(backbone, int(tokens), o.classes)
     images = torch.linspace(-2, 2, o.batch * 3 * o.size * o.size).sin().view(o.batch, 3, o.size, o.size)
     if o.channels_last:
         net, images = (it.to(memory_format=torch.channels_last) for it in (net, images))
     labels = torch.arange(o.batch) % o.classes
-    decayed = [p for p in net.parameters() if p.dim() > 1]
-    rest = [p for p in net.parameters() if p.dim() <= 1]
+    net, images, labels = net.to(device), images.to(device), labels.to(device)
+    module = net
+    if o.compile:
+        net = torch.compile(net)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16")
+    decayed = [p for p in module.parameters() if p.dim() > 1]
+    rest = [p for p in module.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=True)
-    averaged = [v.detach().clone() for v in net.state_dict().values()]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, **({"fused": True} if on_card else {"foreach": True}))
+    averaged = [v.detach().clone() for v in module.state_dict().values()]
     parts = []
-    for _ in range(o.steps + 1):
+    for _ in range(o.steps + (10 if on_card else 1)):
+        finish()
         wall, marks = time.perf_counter(), [time.process_time()]
-        loss = loss_of(net(images), labels)
+        with autocast:
+            exits = net(images)
+        loss = loss_of([y.float() for y in exits], labels)
         marks.append(time.process_time())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -176,17 +190,25 @@ def main():
         optimizer.step()
         marks.append(time.process_time())
         with torch.no_grad():
-            for average, value in zip(averaged, net.state_dict().values()):
-                if average.is_floating_point():
-                    average.mul_(0.9999).add_(value, alpha=1 - 0.9999)
-                else:
-                    average.copy_(value)
+            values = list(module.state_dict().values())
+            if on_card:
+                floats = [i for i, average in enumerate(averaged) if average.is_floating_point()]
+                torch._foreach_lerp_([averaged[i] for i in floats], [values[i] for i in floats], 1 - 0.9999)
+            else:
+                for average, value in zip(averaged, values):
+                    if average.is_floating_point():
+                        average.mul_(0.9999).add_(value, alpha=1 - 0.9999)
+                    else:
+                        average.copy_(value)
+        finish()
         marks.append(time.process_time())
         parts.append([b - a for a, b in zip(marks, marks[1:])] + [marks[-1] - marks[0], time.perf_counter() - wall])
     names = ("forward_cpu_s", "backward_cpu_s", "optimizer_cpu_s", "ema_cpu_s", "total_cpu_s", "wall_s")
-    medians = {name: sorted(column)[len(column) // 2] for name, column in zip(names, zip(*parts[1:]))}
+    medians = {name: sorted(column)[len(column) // 2] for name, column in zip(names, zip(*parts[10 if on_card else 1:]))}
     medians["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    medians["parameters"] = sum(p.numel() for p in net.parameters())
+    if on_card:
+        medians["device_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    medians["parameters"] = sum(p.numel() for p in module.parameters())
     print(json.dumps(medians))
 
 
