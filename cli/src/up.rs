@@ -12,6 +12,7 @@
 
 mod chaos;
 mod face;
+mod means;
 mod prepare;
 mod process;
 mod report;

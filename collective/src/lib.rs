@@ -11,6 +11,8 @@ mod abort;
 mod error;
 pub mod local;
 mod mesh;
+pub mod nccl;
+mod tensors;
 mod tree;
 
 use cluster::Rank;
@@ -21,6 +23,7 @@ pub use crate::{
     mesh::{
         FormError, Group, Mesh, MeshConfig, MeshListener, MissingPeer, Refusal, RefusedPeer, Secret,
     },
+    tensors::{CudaMemory, Staged, TensorExchange, TensorReduction},
     tree::Reduction,
 };
 

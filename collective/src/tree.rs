@@ -304,7 +304,7 @@ fn add(left: &mut [f32], right: &[f32]) {
 
 /// How many pairs are merged right after each of `sources`, when these come left to right and every
 /// tree node inside `within` is merged as soon as it can be.
-fn merges(virtual_ranks: u32, within: &Range<u32>, sources: &[Node]) -> Vec<u32> {
+pub(crate) fn merges(virtual_ranks: u32, within: &Range<u32>, sources: &[Node]) -> Vec<u32> {
     fn walk(node: Node, within: &Range<u32>, sources: &[Node], merges: &mut Vec<u32>) {
         if sources.get(merges.len()) == Some(&node) {
             merges.push(0);
@@ -324,7 +324,7 @@ fn merges(virtual_ranks: u32, within: &Range<u32>, sources: &[Node]) -> Vec<u32>
 }
 
 /// The most partial sums that are alive at once under a schedule of [`merges`].
-fn deepest(merges: &[u32]) -> usize {
+pub(crate) fn deepest(merges: &[u32]) -> usize {
     let (mut depth, mut deepest) = (0usize, 0);
     for &merged in merges {
         depth += 1;

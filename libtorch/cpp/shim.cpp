@@ -137,21 +137,19 @@ const char* percheron_build_text(char* out, size_t capacity) {
   return guarded([&] { copy_text(at::show_config(), out, capacity); });
 }
 
-// The name and the driver version of a CUDA device, from the driver that libtorch_cuda loaded.
+// The name of a CUDA device, from the driver that libtorch_cuda loaded.
 const char* percheron_cuda_device(int ordinal, char* out, size_t capacity) {
   return guarded([&] {
     void* driver = dlopen("libcuda.so.1", RTLD_NOW);
     TORCH_CHECK(driver, "libcuda.so.1 cannot be loaded");
     auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
     auto get_name = reinterpret_cast<int (*)(char*, int, int)>(dlsym(driver, "cuDeviceGetName"));
-    auto get_version = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDriverGetVersion"));
-    TORCH_CHECK(get && get_name && get_version, "libcuda.so.1 lacks a function");
-    int device = 0, version = 0;
+    TORCH_CHECK(get && get_name, "libcuda.so.1 lacks a function");
+    int device = 0;
     char name[256] = {0};
     TORCH_CHECK(get(&device, ordinal) == 0, "no CUDA device ", ordinal);
     TORCH_CHECK(get_name(name, sizeof name, device) == 0, "CUDA device ", ordinal, " has no name");
-    TORCH_CHECK(get_version(&version) == 0, "the CUDA driver has no version");
-    copy_text(std::string(name) + ", driver " + std::to_string(version), out, capacity);
+    copy_text(name, out, capacity);
   });
 }
 

@@ -125,7 +125,9 @@ impl Graph {
     ///
     /// # Errors
     /// [`ShimError`] if something in `work` cannot be recorded.
-    pub fn record<T, E: From<ShimError>>(work: impl FnOnce() -> Result<T, E>) -> Result<(Self, T), E> {
+    pub fn record<T, E: From<ShimError>>(
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<(Self, T), E> {
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` is valid for one write.
         sys::check(unsafe { sys::percheron_graph_begin(&raw mut raw) })?;

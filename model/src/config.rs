@@ -148,6 +148,12 @@ impl Architecture {
     pub fn channels(&self) -> [i64; 5] {
         self.backbone.widths()
     }
+
+    /// Whether a training forward draws random numbers: it drops out anything.
+    #[must_use]
+    pub fn draws(&self) -> bool {
+        [self.dropout, self.drop_path, self.head_dropout].iter().any(|rate| *rate > 0.0)
+    }
 }
 
 impl TryFrom<&ModelConfig> for Architecture {

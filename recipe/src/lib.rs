@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 pub use augment::{Augment, EraseMode, Interpolation, MixMode, OnCorrupt, Shuffle};
 pub use layers::{BUILT_IN, RecipeError, built_in};
 pub use sections::{
-    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Precision, Schedule,
+    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Precision, Reduction,
+    Schedule,
 };
 
 /// A complete recipe. Every field has a default, so a recipe states what it changes.
@@ -42,6 +43,8 @@ pub struct Recipe {
     pub threads: u32,
     /// What forward and backward of a step compute in; evaluation is in f32.
     pub precision: Precision,
+    /// In which order the gradients of virtual ranks are added.
+    pub reduction: Reduction,
     /// Whose BatchNorm running statistics the run keeps.
     pub bn_buffers: BnBuffers,
     /// Evaluate after every so many epochs, and always at the end; 0 for only at the end.
@@ -78,6 +81,7 @@ impl Default for Recipe {
             update_freq: 1,
             threads: 1,
             precision: Precision::F32,
+            reduction: Reduction::Exact,
             bn_buffers: BnBuffers::Rank0,
             evaluate_every_epochs: 1,
             data: Data::default(),

@@ -16,6 +16,16 @@ pub enum BnBuffers {
     Mean,
 }
 
+/// In which order the gradients of virtual ranks are added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// Along one fixed tree: the same bits for every number of workers.
+    Exact,
+    /// As they come, on GPUs only: the same bits for one number of workers only.
+    Fast,
+}
+
 /// What forward and backward compute in. Parameters, moments, averages and sums are f32 in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -122,6 +122,15 @@ impl Erasure {
     }
 }
 
+impl Erasure {
+    /// The values that fill the box, `[3, height, width]`.
+    #[must_use]
+    pub fn values(&self) -> Vec<f32> {
+        let count = CHANNELS * self.area.height * self.area.width;
+        (0..count as u64).map(|place| noise(self.key, place)).collect()
+    }
+}
+
 /// Values that one random word makes.
 const VALUES_A_WORD: u64 = 4;
 

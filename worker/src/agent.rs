@@ -36,7 +36,7 @@ use self::{
 };
 use crate::{
     progress::Progress,
-    train::{Formation, KeepAt, Orders, Told, Trainer, chain},
+    train::{Formation, KeepAt, Means, Orders, Told, Trainer, chain},
 };
 
 /// Links that may wait for the agent.
@@ -61,6 +61,8 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Intra-op threads that libtorch was started with.
     pub threads: u32,
+    /// What it computes on and by.
+    pub means: Means,
     /// Whether the end of standard input ends the worker.
     pub exit_with_stdin: bool,
 }
@@ -346,6 +348,7 @@ impl Agent {
             checkpoints: welcome.checkpoints.clone(),
             socket: self.socket.take().expect("training is started once"),
             form_timeout: Duration::from_millis(welcome.form_ms.max(1)),
+            means: self.options.means,
             progress: Arc::clone(&self.progress),
             keep: Arc::clone(&self.keep),
             told: self.told.take().expect("training is started once"),

@@ -1,4 +1,4 @@
-//! The thread that prepares micro-batches ahead of the training thread.
+//! The threads that prepare micro-batches ahead of the training thread.
 
 use std::{
     ops::Range,
@@ -10,7 +10,8 @@ use std::{
 };
 
 use cluster::{Epoch, Step, VirtualRank};
-use shards::{Batch, BatchPlan, Loader, Mixing, Normalize};
+use shards::{Batch, BatchPlan, Erasure, Loader, Mix, Mixing, Normalize};
+use tch::{Device, Tensor};
 use tracing::warn;
 
 use crate::setup::Setup;
@@ -18,8 +19,10 @@ use crate::setup::Setup;
 /// Images and labels of one virtual rank for one forward.
 #[derive(Debug, Default)]
 pub(crate) struct MicroBatch {
-    /// Normalised pixels, `[B, 3, S, S]`.
+    /// Normalised, erased and mixed pixels, `[B, 3, S, S]`; empty where the device does all that.
     pub(crate) images: Vec<f32>,
+    /// What the device makes them of.
+    pub(crate) pixels: Option<Pixels>,
     /// Class indices, `[B]`.
     pub(crate) labels: Vec<i64>,
     /// Probabilities, `[B, K]`, where images are mixed; else empty.
@@ -28,19 +31,48 @@ pub(crate) struct MicroBatch {
     pub(crate) size: usize,
 }
 
+/// Decoded images, for a device to normalise, erase and mix.
+#[derive(Debug)]
+pub(crate) struct Pixels {
+    /// `[B·S·S·3]` u8 in pinned memory of the host, RGB beside each other.
+    pub(crate) bytes: Tensor,
+    /// Boxes that noise replaces.
+    pub(crate) erasures: Vec<Erasure>,
+    /// How images are mixed.
+    pub(crate) mix: Mix,
+}
+
 /// The micro-batches of a block of virtual ranks from a step on, in the order they are trained on: of each
 /// virtual rank all of the step.
 ///
-/// Dropping it ends its thread.
+/// Several threads take turns, each with a micro-batch. Dropping it ends them.
 #[derive(Debug)]
 pub(crate) struct Feed {
+    lanes: Vec<Lane>,
+    /// Micro-batches handed out, and given back.
+    taken: usize,
+    returned: usize,
+}
+
+/// One thread of a feed.
+#[derive(Debug)]
+struct Lane {
     /// Taken when the feed is dropped, so that the thread sees it and ends.
     batches: Option<Receiver<Result<MicroBatch, shards::LoadError>>>,
     spent: Sender<MicroBatch>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread works through.
+/// How a feed works.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Means {
+    /// Threads; at least one works.
+    pub(crate) threads: usize,
+    /// What the images are for: on a GPU it normalises, erases and mixes them itself.
+    pub(crate) device: Device,
+}
+
+/// What a thread works through.
 struct Work {
     loader: Loader,
     normalize: Normalize,
@@ -51,6 +83,9 @@ struct Work {
     steps_per_epoch: u64,
     /// Micro-batches of a virtual rank a step.
     update_freq: u32,
+    /// This thread's turn of how many.
+    turn: (usize, usize),
+    device: Device,
 }
 
 /// What mixing needs to know.
@@ -66,30 +101,17 @@ impl Feed {
     ///
     /// # Errors
     /// If the system has no thread left.
-    pub(crate) fn start(setup: &Setup, block: Range<u32>, from: Step) -> std::io::Result<Self> {
-        let split = &setup.training;
-        let work = Work {
-            loader: Loader::new(Arc::clone(&split.dataset), split.transform.clone())
-                .on_corrupt(setup.on_corrupt),
-            normalize: split.transform.normalize(),
-            plan: setup.batches,
-            mixes: setup.mixing.map(|mixing| Mixes {
-                mixing,
-                seed: setup.recipe.seed,
-                classes: setup.recipe.model.classes as usize,
-                smoothing: setup.recipe.loss.smoothing,
-            }),
-            block,
-            steps: from.0..setup.plan.steps_total.0,
-            steps_per_epoch: setup.plan.steps_per_epoch,
-            update_freq: setup.recipe.update_freq,
-        };
-        let (sender, batches) = mpsc::sync_channel(setup.recipe.data.prefetch as usize);
-        let (spent, returned) = mpsc::channel();
-        let thread = thread::Builder::new()
-            .name("feed".to_owned())
-            .spawn(move || work.carry_out(&sender, &returned))?;
-        Ok(Self { batches: Some(batches), spent, thread: Some(thread) })
+    pub(crate) fn start(
+        setup: &Setup,
+        block: Range<u32>,
+        from: Step,
+        means: Means,
+    ) -> std::io::Result<Self> {
+        let threads = means.threads.max(1);
+        let lane =
+            |turn| Lane::start(setup, Work::new(setup, &block, from, (turn, threads), means));
+        let lanes = (0..threads).map(lane).collect::<std::io::Result<_>>()?;
+        Ok(Self { lanes, taken: 0, returned: 0 })
     }
 
     /// The next micro-batch.
@@ -100,33 +122,77 @@ impl Feed {
     /// # Panics
     /// If more is asked for than the steps need.
     pub(crate) fn next(&mut self) -> Result<MicroBatch, shards::LoadError> {
-        let batches = self.batches.as_ref().expect("it is only taken by drop");
+        let lane = &self.lanes[self.taken % self.lanes.len()];
+        self.taken += 1;
+        let batches = lane.batches.as_ref().expect("it is only taken by drop");
         batches.recv().expect("the feed goes on to the last step")
     }
 
-    /// Returns a micro-batch for its memory to be used again.
+    /// Returns a micro-batch for its memory to be used again. The device must be done with it.
     pub(crate) fn give_back(&mut self, batch: MicroBatch) {
-        drop(self.spent.send(batch)); // A thread that is done needs no memory.
+        let lane = &self.lanes[self.returned % self.lanes.len()];
+        self.returned += 1;
+        drop(lane.spent.send(batch)); // A thread that is done needs no memory.
+    }
+}
+
+impl Lane {
+    fn start(setup: &Setup, work: Work) -> std::io::Result<Self> {
+        let (sender, batches) = mpsc::sync_channel(setup.recipe.data.prefetch as usize);
+        let (spent, returned) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("feed".to_owned())
+            .spawn(move || work.carry_out(&sender, &returned))?;
+        Ok(Self { batches: Some(batches), spent, thread: Some(thread) })
     }
 }
 
 impl Work {
+    fn new(
+        setup: &Setup,
+        block: &Range<u32>,
+        from: Step,
+        turn: (usize, usize),
+        means: Means,
+    ) -> Self {
+        let split = &setup.training;
+        Self {
+            loader: Loader::new(Arc::clone(&split.dataset), split.transform.clone())
+                .on_corrupt(setup.on_corrupt),
+            normalize: split.transform.normalize(),
+            plan: setup.batches,
+            mixes: setup.mixing.map(|mixing| Mixes {
+                mixing,
+                seed: setup.recipe.seed,
+                classes: setup.recipe.model.classes as usize,
+                smoothing: setup.recipe.loss.smoothing,
+            }),
+            block: block.clone(),
+            steps: from.0..setup.plan.steps_total.0,
+            steps_per_epoch: setup.plan.steps_per_epoch,
+            update_freq: setup.recipe.update_freq,
+            turn,
+            device: means.device,
+        }
+    }
+
     fn carry_out(
         mut self,
         sender: &SyncSender<Result<MicroBatch, shards::LoadError>>,
         returned: &Receiver<MicroBatch>,
     ) {
         let mut pixels = Batch::new();
-        for step in self.steps.clone() {
-            let places = 0..self.update_freq;
-            let of_rank = |rank| places.clone().map(move |place| (VirtualRank(rank), place));
-            for (rank, place) in self.block.clone().flat_map(of_rank) {
-                let reused = returned.try_recv().unwrap_or_default();
-                let batch = self.micro_batch(Step(step), place, rank, &mut pixels, reused);
-                let failed = batch.is_err();
-                if sender.send(batch).is_err() || failed {
-                    return; // Nobody wants more, or there is no more.
-                }
+        let (turn, turns) = self.turn;
+        let (block, places) = (self.block.clone(), 0..self.update_freq);
+        let of_rank = |rank| places.clone().map(move |place| (VirtualRank(rank), place));
+        let of_step =
+            |step| block.clone().flat_map(of_rank).map(move |(rank, place)| (step, rank, place));
+        for (step, rank, place) in self.steps.clone().flat_map(of_step).skip(turn).step_by(turns) {
+            let reused = returned.try_recv().unwrap_or_default();
+            let batch = self.micro_batch(Step(step), place, rank, &mut pixels, reused);
+            let failed = batch.is_err();
+            if sender.send(batch).is_err() || failed {
+                return; // Nobody wants more, or there is no more.
             }
         }
     }
@@ -148,24 +214,45 @@ impl Work {
             let (sample, instead) = (skipped.sample, skipped.instead);
             warn!(sample, instead, step = step.0, error = %skipped.fault, "damaged sample skipped");
         }
-        self.normalize.nchw(pixels, &mut batch.images);
         batch.labels.clone_from(&pixels.labels);
         batch.size = pixels.size;
         batch.targets.clear();
+        if self.device == Device::Cpu {
+            self.normalize.nchw(pixels, &mut batch.images);
+        } else {
+            batch.pixels = Some(self.pinned(pixels, batch.pixels.take()));
+        }
         if let Some(Mixes { mixing, seed, classes, smoothing }) = &self.mixes {
             let number = Step(step.0 * u64::from(self.update_freq) + u64::from(place));
             let mix = mixing.draw(*seed, number, rank, batch.size);
-            mix.images(&mut batch.images, batch.labels.len(), batch.size, batch.size);
+            match &mut batch.pixels {
+                Some(pixels) => pixels.mix = mix,
+                None => mix.images(&mut batch.images, batch.labels.len(), batch.size, batch.size),
+            }
             mix.targets(&batch.labels, *classes, *smoothing, &mut batch.targets);
         }
         Ok(batch)
+    }
+
+    /// The decoded images in memory that the device reads by itself; that of `reused` if it fits.
+    fn pinned(&self, batch: &Batch, reused: Option<Pixels>) -> Pixels {
+        let fits = |pixels: &Pixels| pixels.bytes.numel() == batch.images.len();
+        let mut bytes = match reused.filter(fits) {
+            Some(pixels) => pixels.bytes,
+            None => Tensor::from_slice(&batch.images).pin_memory(self.device),
+        };
+        let room = libtorch::slice_mut::<u8>(&mut bytes).expect("it is a row of bytes on the host");
+        room.copy_from_slice(&batch.images);
+        Pixels { bytes, erasures: batch.erasures.clone(), mix: Mix::None }
     }
 }
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        self.batches = None;
-        if let Some(thread) = self.thread.take() {
+        for lane in &mut self.lanes {
+            lane.batches = None;
+        }
+        for thread in self.lanes.iter_mut().filter_map(|lane| lane.thread.take()) {
             // A panic there has been printed, and met the training thread in `next`.
             drop(thread.join());
         }
@@ -199,7 +286,8 @@ mod tests {
     /// All micro-batches of a block from a step on.
     fn batches(setup: &Setup, block: Range<u32>, from: u64) -> Vec<MicroBatch> {
         let count = (STEPS - from) * u64::from(block.end - block.start);
-        let mut feed = Feed::start(setup, block, Step(from)).unwrap();
+        let means = Means { threads: 1 + count as usize % 3, device: Device::Cpu };
+        let mut feed = Feed::start(setup, block, Step(from), means).unwrap();
         (0..count).map(|_| feed.next().unwrap()).collect()
     }
 

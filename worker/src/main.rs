@@ -13,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 use worker::{
     agent::{self, Options},
     tool::Tool,
+    train::{Means, Transport},
 };
 
 /// One training process of a Percheron run, and the tools that need its network.
@@ -46,6 +47,18 @@ struct Training {
     /// Threads inside an operation; must be the recipe's `threads`.
     #[arg(long, default_value_t = 1)]
     threads: u32,
+    /// What to compute on: cpu, cuda or cuda:N. All workers of a run need the same kind.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = worker::device::parse)]
+    device: tch::Device,
+    /// What moves gradients between GPUs; the same for all workers of a run.
+    #[arg(long, value_enum, default_value = "auto")]
+    transport: Transport,
+    /// Threads that decode images [default: 1, with a GPU 8].
+    #[arg(long, value_name = "N")]
+    loaders: Option<usize>,
+    /// Ask a GPU for each operation by itself instead of for one recorded graph. The bits are the same.
+    #[arg(long)]
+    no_graph: bool,
     /// End when standard input ends.
     #[arg(long)]
     exit_with_stdin: bool,
@@ -87,9 +100,15 @@ fn train(arguments: Training) -> Result<Exit> {
     let run = RunId::try_from(arguments.run).context("--run")?;
     // Before any other thread: libtorch's settings hold for those that come later.
     libtorch::init(arguments.threads as usize).context("--threads")?;
-    let facts = libtorch::fingerprint(tch::Device::Cpu, Precision::F32)
+    let facts = libtorch::fingerprint(arguments.device, Precision::F32)
         .context("cannot tell what changes this machine's bits")?;
     let fingerprint = Fingerprint(facts.into_iter().collect());
+    let means = Means {
+        device: arguments.device,
+        loaders: arguments.loaders.unwrap_or(if arguments.device.is_cuda() { 8 } else { 1 }),
+        transport: arguments.transport,
+        graph: !arguments.no_graph,
+    };
     let options = Options {
         coordinator: arguments.coordinator,
         run,
@@ -97,6 +116,7 @@ fn train(arguments: Training) -> Result<Exit> {
         name: arguments.name,
         listen: arguments.listen,
         threads: arguments.threads,
+        means,
         exit_with_stdin: arguments.exit_with_stdin,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

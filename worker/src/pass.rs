@@ -150,7 +150,11 @@ impl Pass {
     ///
     /// # Errors
     /// As [`Pass::run`].
-    pub(crate) fn backward(&mut self, network: &Network, total: &Tensor) -> Result<(), GradientError> {
+    pub(crate) fn backward(
+        &mut self,
+        network: &Network,
+        total: &Tensor,
+    ) -> Result<(), GradientError> {
         let share = total / f64::from(self.rules.update_freq);
         network.gradients(&share, &mut self.gradients)?;
         tch::no_grad(|| self.loss.copy_(total));

@@ -155,14 +155,14 @@ pub fn training_samples(recipe: &Recipe) -> Result<u64, shards::OpenError> {
     Ok(Dataset::open(&recipe.data.location, &recipe.data.train)?.len())
 }
 
-/// The kind of a precision, where it can be trained in: this worker has no GPU.
+/// The kind of a precision, where it can be trained in.
 fn short_kind(precision: Precision) -> Result<Kind, String> {
     match precision {
         Precision::F32 => Ok(Kind::Float),
         Precision::Bf16 => Ok(Kind::BFloat16),
         Precision::F16 => {
-            Err("precision = f16 needs a GPU, and this worker has the CPU only: choose \
-                               bf16 or f32"
+            Err("precision = f16 is not trained in: bf16 costs the same and needs no loss \
+                 scaling; choose bf16 or f32"
                 .to_owned())
         }
     }
@@ -270,7 +270,7 @@ mod tests {
         assert!(problem("classes = 9").contains("model.classes = 9"), "{}", problem("classes = 9"));
         let missing = problem("validation = \"test\"");
         assert!(missing.contains("data.validation = \"test\""), "{missing}");
-        assert!(problem("precision = \"f16\"").contains("precision = f16 needs a GPU"));
+        assert!(problem("precision = \"f16\"").contains("precision = f16 is not trained in"));
         let unknown = problem("dropout = 2.0");
         assert!(unknown.contains("dropout"), "{unknown}");
     }

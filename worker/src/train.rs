@@ -3,10 +3,12 @@
 //! It obeys between two virtual ranks and waits for nobody but its peers.
 
 pub(crate) mod checkpoints;
+mod device_step;
 mod eval;
 mod forming;
 mod state;
 mod step;
+mod steps;
 
 use std::{
     collections::BTreeSet,
@@ -22,24 +24,20 @@ use std::{
 use cluster::{
     Evaluation, Generation, Group, Notice, Rank, RunId, Step, StepMetrics, StepPhase, Timestamp,
 };
-use collective::{
-    AbortHandle, Exchange as _, ExchangeError, FormError, Mesh, MeshConfig, MeshListener,
-};
+use collective::{AbortHandle, Exchange, ExchangeError, FormError, Mesh, MeshConfig, MeshListener};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
 use self::{
-    checkpoints::share,
-    eval::Evaluator,
-    forming::Origin,
-    step::{Stepper, Surroundings},
+    checkpoints::share, eval::Evaluator, forming::Origin, step::Surroundings, steps::Steps,
 };
 pub use self::{
     checkpoints::{RestoreError, ShareBytes},
     state::{SECTIONS, TrainState},
 };
 use crate::{
-    feed::Feed,
+    device,
+    feed::{self, Feed},
     progress::{Progress, Spent},
     setup::Setup,
 };
@@ -134,6 +132,8 @@ pub struct Trainer {
     pub socket: TcpListener,
     /// How long a generation may take to form.
     pub form_timeout: Duration,
+    /// What it computes on and by.
+    pub means: Means,
     /// What it does, for the agent to see.
     pub progress: Arc<Progress>,
     /// The steps after which the state is to be kept.
@@ -142,6 +142,36 @@ pub struct Trainer {
     pub told: UnboundedSender<Told>,
     /// Runs what is asynchronous.
     pub runtime: tokio::runtime::Handle,
+}
+
+/// What a worker computes on and by. Nothing of it changes bits, but the device.
+#[derive(Debug, Clone, Copy)]
+pub struct Means {
+    /// The device.
+    pub device: tch::Device,
+    /// Threads that decode images.
+    pub loaders: usize,
+    /// What moves gradients between GPUs.
+    pub transport: Transport,
+    /// Whether a GPU is given a pass as one recorded graph.
+    pub graph: bool,
+}
+
+impl Default for Means {
+    fn default() -> Self {
+        Self { device: tch::Device::Cpu, loaders: 1, transport: Transport::Auto, graph: true }
+    }
+}
+
+/// What moves gradients between workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// NCCL between GPUs, else TCP.
+    Auto,
+    /// TCP, by way of the host's memory.
+    Mesh,
+    /// NCCL, which needs a GPU.
+    Nccl,
 }
 
 /// Why a generation ended for this worker before its purpose was reached.
@@ -238,27 +268,29 @@ impl Trainer {
 
     fn prepare(&self) -> Result<Training, String> {
         let setup = Setup::new(self.run.clone(), &self.recipe).map_err(|error| chain(&error))?;
+        libtorch::cuda::enter(self.means.device)
+            .map_err(|error| format!("--device {}: {error}", device::name(self.means.device)))?;
         let listen = || {
             let config = MeshConfig {
                 // The coordinator aborts an exchange whose peer is lost; this is for a lost coordinator.
-                stall_timeout: (self.form_timeout * 12).max(Duration::from_secs(60)),
+                stall_timeout: stall_timeout(self.form_timeout),
                 handshake_timeout: self.form_timeout,
             };
             MeshListener::on(self.socket.try_clone()?, config)
         };
         let listener = listen().map_err(|error| format!("cannot listen for peers: {error}"))?;
-        let state = TrainState::empty(
+        let mut state = TrainState::empty(
             &setup.architecture,
             setup.optimizer,
             setup.recipe.update_freq,
-            tch::Device::Cpu,
+            self.means.device,
         );
         let part_bytes = u64::from(setup.recipe.checkpoint.part_mib) << 20;
         let layout = state
             .checkpoint_layout(part_bytes)
             .map_err(|error| format!("recipe, checkpoint.part_mib: {error}"))?;
         Ok(Training {
-            stepper: Stepper::new(&setup, &state),
+            steps: Steps::new(&setup, &mut state, self.means)?,
             evaluator: Evaluator::new(&setup),
             setup,
             listener,
@@ -281,7 +313,7 @@ struct Training {
     listener: MeshListener,
     layout: checkpoint::Layout,
     state: TrainState,
-    stepper: Stepper,
+    steps: Steps,
     evaluator: Evaluator,
     /// The newest step that was begun.
     begun: Step,
@@ -302,10 +334,12 @@ impl Training {
         self.say_formed(host, generation, digest);
 
         let blocks: Vec<_> = group.members.iter().map(|member| member.block.clone()).collect();
-        self.stepper.sum_mut().regroup(&blocks, *rank);
+        self.steps.regroup(&blocks, *rank);
+        self.steps.connect(&mut peers, &orders.abort, host.form_timeout)?;
         self.evaluator.sum_mut().regroup(&blocks, *rank);
         let block = blocks[rank.0 as usize].clone();
-        let mut feed = Feed::start(&self.setup, block, self.step())
+        let means = feed::Means { threads: host.means.loaders, device: host.means.device };
+        let mut feed = Feed::start(&self.setup, block, self.step(), means)
             .map_err(|error| Interrupted::Fatal { reason: format!("no thread left: {error}") })?;
         let (mut evaluated, mut leave) = (group.evaluated, false);
         loop {
@@ -405,9 +439,10 @@ impl Training {
         let started = Instant::now();
         host.progress.take_spent();
         self.begun = self.step().next();
+        let peers: &mut dyn Exchange = peers;
         let around =
             Surroundings { setup: &self.setup, orders, progress: &host.progress, feed, peers };
-        let taken = self.stepper.train_step(&mut self.state, around)?;
+        let taken = self.steps.train_step(&mut self.state, around)?;
         host.progress.enter(StepPhase::Idle);
         let step = self.step();
         host.progress.set_applied(Some(step));
@@ -479,6 +514,11 @@ fn unreadable(host: &Trainer, error: RestoreError) -> Interrupted {
         | RestoreError::Quarantine(_)
         | RestoreError::OtherSections { .. }) => Interrupted::Fatal { reason: chain(&error) },
     }
+}
+
+/// How long an exchange may stand still, if a generation may take `form_timeout` to form.
+fn stall_timeout(form_timeout: Duration) -> Duration {
+    (form_timeout * 12).max(Duration::from_secs(60))
 }
 
 fn timed(metrics: StepMetrics, elapsed: Duration, spent: Spent) -> StepMetrics {

@@ -17,7 +17,7 @@ use cluster::{
 use tokio::sync::mpsc::UnboundedReceiver;
 use worker::{
     progress::Progress,
-    train::{Formation, KeepAt, Orders, Told, Trainer},
+    train::{Formation, KeepAt, Means, Orders, Told, Trainer},
 };
 
 const RECIPE: [&str; 10] = [
@@ -61,6 +61,7 @@ fn start_with(sets: &[&str], runtime: &tokio::runtime::Runtime, checkpoints: &Pa
         checkpoints: checkpoints.display().to_string(),
         socket,
         form_timeout: Duration::from_secs(20),
+        means: Means::default(),
         progress: Arc::new(Progress::default()),
         keep: Arc::new(KeepAt::default()),
         told: told_sender,

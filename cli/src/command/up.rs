@@ -46,17 +46,34 @@ pub(crate) struct Arguments {
     /// the newest intact one. Without this, `up` refuses and names the damaged object.
     #[arg(long)]
     quarantine: bool,
+    /// What the workers compute on, in turn: cpu, or GPUs such as cuda:0,cuda:1.
+    #[arg(long = "device", value_name = "LIST", value_delimiter = ',')]
+    devices: Vec<String>,
+    /// What moves gradients between GPUs: nccl, or mesh by way of the host [default: nccl].
+    #[arg(long, value_name = "NAME", value_parser = ["nccl", "mesh"])]
+    transport: Option<String>,
     /// Print the result as one line of JSON; what happens on the way goes to the standard error.
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let Arguments { recipe, workers, run_dir, checkpoints, sets, chaos, quarantine, json } =
+    let Arguments { recipe, workers, run_dir, checkpoints, sets, chaos, quarantine, json, .. } =
         arguments;
-    let start =
-        prepare(Request { recipe, workers, run_dir, checkpoints, sets, chaos, json, quarantine })
-            .await?;
+    let Arguments { devices, transport, .. } = arguments;
+    let start = prepare(Request {
+        recipe,
+        workers,
+        run_dir,
+        checkpoints,
+        sets,
+        chaos,
+        json,
+        quarantine,
+        devices,
+        transport,
+    })
+    .await?;
     let ending = match start {
         Start::Finished(summary) => Ending::Finished(summary),
         Start::Run(prepared) => supervise(*prepared).await?,

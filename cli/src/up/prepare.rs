@@ -14,6 +14,7 @@ use crate::{
     run_dir::{Contents, Lock, RunDir, free_run_dir},
     up::{
         chaos::Chaos,
+        means::Means,
         report::{Report, Summary},
         worker_program,
     },
@@ -32,6 +33,10 @@ pub(crate) struct Request {
     pub(crate) json: bool,
     /// Damaged checkpoints are set aside, and the newest intact one is taken.
     pub(crate) quarantine: bool,
+    /// Devices of the workers, in turn; none for the CPU.
+    pub(crate) devices: Vec<String>,
+    /// What moves gradients between GPUs.
+    pub(crate) transport: Option<String>,
 }
 
 /// A run that can be started.
@@ -41,8 +46,8 @@ pub(crate) struct Prepared {
     pub(crate) lock: Lock,
     pub(crate) plan: RunConfig,
     pub(crate) token: String,
-    /// Threads inside an operation of a worker.
-    pub(crate) threads: u32,
+    /// What its workers compute on and by.
+    pub(crate) means: Means,
     pub(crate) chaos: Chaos,
     pub(crate) json: bool,
     pub(crate) worker_program: PathBuf,
@@ -106,9 +111,9 @@ pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
     plan.run = dir.run()?;
     dir.write(&plan.run, &recipe, request.checkpoints.as_deref())?;
     let token = dir.read_token()?;
-    let (threads, json) = (recipe.threads, request.json);
-    let prepared =
-        Prepared { dir, lock, plan, token, threads, chaos, json, worker_program, report };
+    let Request { json, devices, transport, .. } = request;
+    let means = Means { threads: recipe.threads, devices, transport };
+    let prepared = Prepared { dir, lock, plan, token, means, chaos, json, worker_program, report };
     Ok(Start::Run(Box::new(prepared)))
 }
 

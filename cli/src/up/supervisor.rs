@@ -25,6 +25,7 @@ use crate::{
     up::{
         chaos::{Chaos, Deed, Disturbance, victim},
         face::{Face, Position},
+        means::Means,
         prepare::Prepared,
         process::End,
         report::{Report, Summary, worker_number},
@@ -84,7 +85,7 @@ struct Supervisor {
     _lock: Lock,
     plan: RunConfig,
     token: String,
-    threads: u32,
+    means: Means,
     worker_program: std::path::PathBuf,
     report: Report,
     chaos: Chaos,
@@ -108,8 +109,7 @@ struct Supervisor {
 /// # Errors
 /// Why the run failed or was given up. No process is left.
 pub(crate) async fn supervise(prepared: Prepared) -> Result<Ending> {
-    let Prepared { dir, lock, plan, token, threads, chaos, json, worker_program, report } =
-        prepared;
+    let Prepared { dir, lock, plan, token, means, chaos, json, worker_program, report } = prepared;
     let workers = plan.workers_expected;
     let (happenings, mut receiver) = mpsc::channel(HAPPENINGS_MAX);
     let mut supervisor = Supervisor {
@@ -128,7 +128,7 @@ pub(crate) async fn supervise(prepared: Prepared) -> Result<Ending> {
         dir,
         plan,
         token,
-        threads,
+        means,
         worker_program,
         report,
         chaos,

@@ -9,6 +9,7 @@ use cluster::{Epoch, Evaluation, ExitScores, Step, StepPhase, VirtualRank};
 use collective::{Exchange, Reduction};
 use model::{LossConfig, Network, Targets, multi_exit};
 use shards::{Batch, Loader, Normalize};
+use tch::Device;
 
 use super::{Interrupted, Orders, state::TrainState, step::tensors};
 use crate::{feed::MicroBatch, progress::Progress, setup::Setup};
@@ -99,15 +100,22 @@ impl Evaluator {
         let networks = [state.network(), state.averaged()];
         for (network, figures) in networks.into_iter().zip(figures.chunks_exact_mut(FIGURES)) {
             orders.check()?;
-            score_with(network, &self.batch, &loss, figures);
+            score_with(network, &self.batch, state.device(), &loss, figures);
         }
         figures[2 * FIGURES] += ids.len() as f64;
         Ok(())
     }
 }
 
-fn score_with(network: &Network, batch: &MicroBatch, loss: &LossConfig, figures: &mut [f64]) {
+fn score_with(
+    network: &Network,
+    batch: &MicroBatch,
+    device: Device,
+    loss: &LossConfig,
+    figures: &mut [f64],
+) {
     let (images, labels) = tensors(batch); // [B, 3, S, S], [B]
+    let (images, labels) = (images.to_device(device), labels.to_device(device));
     let exits = network.forward_eval(&images);
     let losses = tch::no_grad(|| multi_exit(&exits, Targets::Labels(&labels), loss));
     for (figure, correct) in figures.iter_mut().zip(exits.correct(&labels)) {

@@ -12,7 +12,7 @@
 //! All numbers are little-endian. The live `num_batches_tracked` is the number of a virtual rank's forwards:
 //! of updates, times the micro-batches of each.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use checkpoint::{LayoutError, Section};
 use cluster::Step;
@@ -28,6 +28,9 @@ const _: () = assert!(cfg!(target_endian = "little"), "sections are the memory o
 pub const SECTIONS: [&str; 7] =
     ["params", "exp_avg", "exp_avg_sq", "ema_params", "ema_buffers", "buffers", "counters"];
 
+/// Sections that are flat tensors: all but the last.
+const FLAT: usize = SECTIONS.len() - 1;
+
 /// Everything that a step changes, with the networks that are views of it.
 #[derive(Debug)]
 pub struct TrainState {
@@ -42,6 +45,9 @@ pub struct TrainState {
     intact: bool,
     network: Network,
     averaged: Network,
+    /// What the tensors hold, in the memory of the host: there only if they are on a device, and made when
+    /// it is asked for after they changed.
+    mirror: OnceLock<Vec<Tensor>>,
 }
 
 impl TrainState {
@@ -59,8 +65,8 @@ impl TrainState {
         let network = Network::new(architecture, &live);
         let averaged = Network::new(architecture, ema.weights());
         let optimizer = AdamW::new(optimizer, &layout, live.params());
-        let (counters, intact) = ([0; 2], false);
-        Self { live, optimizer, ema, counters, update_freq, intact, network, averaged }
+        let (counters, intact, mirror) = ([0; 2], false, OnceLock::new());
+        Self { live, optimizer, ema, counters, update_freq, intact, network, averaged, mirror }
     }
 
     /// The initial state of a run.
@@ -76,7 +82,14 @@ impl TrainState {
             tch::no_grad(|| drop(moment.fill_(0.0)));
         }
         self.counters = [0; 2];
+        self.mirror = OnceLock::new();
         self.intact = true;
+    }
+
+    /// Where the tensors are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.live.device()
     }
 
     /// Updates applied; none if there is no usable state.
@@ -121,22 +134,33 @@ impl TrainState {
         libtorch::slice_mut(self.live.buffers_mut()).expect("the flat tensors are f32 on the host")
     }
 
-    /// Applies one update: AdamW on the parameters, the new running statistics, then the average.
+    /// The running statistics as a tensor on the state's device, `[S]`.
+    pub fn buffers_tensor(&mut self) -> &mut Tensor {
+        self.live.buffers_mut()
+    }
+
+    /// The running statistics as a tensor, and the network whose layers move them.
+    pub(crate) fn moving(&mut self) -> (&mut Tensor, &Network) {
+        (self.live.buffers_mut(), &self.network)
+    }
+
+    /// Applies one update: AdamW on the parameters, the new running statistics `[S]`, then the average.
     pub fn apply(
         &mut self,
         gradients: &Tensor,
-        buffers: &[f32],
+        buffers: &Tensor,
         update: &model::Update,
         decay: f64,
     ) {
         assert_eq!(self.step(), Some(Step(update.step)), "an update follows the one before");
         self.intact = false;
         self.optimizer.step(self.live.params_mut(), gradients, update);
-        self.buffers_mut().copy_from_slice(buffers);
+        overwrite(self.live.buffers_mut(), buffers);
         self.ema.update(&self.live, decay);
         self.counters[0] = update.step + 1;
         let [batches, averaged] = self.batches().map(u64::cast_signed);
         self.counters[1] = average_counter(averaged, batches, decay).cast_unsigned();
+        self.mirror = OnceLock::new();
         self.intact = true;
     }
 
@@ -147,23 +171,45 @@ impl TrainState {
 
     /// Declares the overwritten sections a state.
     pub fn mend(&mut self) {
+        if let Some(mirror) = self.mirror.get() {
+            let mirror: Vec<Tensor> = mirror.iter().map(Tensor::shallow_clone).collect();
+            for (mut tensor, values) in self.tensors_mut().into_iter().zip(&mirror) {
+                overwrite(&mut tensor, values);
+            }
+        }
         self.intact = true;
+    }
+
+    /// The flat tensors, in the order of the sections.
+    fn tensors(&self) -> [&Tensor; FLAT] {
+        let [first, second] = self.optimizer.moments();
+        let averaged = self.ema.weights();
+        let live = &self.live;
+        [live.params(), first, second, averaged.params(), averaged.buffers(), live.buffers()]
+    }
+
+    /// As [`Self::tensors`]. Handles of the same storage.
+    fn tensors_mut(&mut self) -> [Tensor; FLAT] {
+        self.tensors().map(Tensor::shallow_clone)
+    }
+
+    /// The flat tensors in the memory of the host.
+    fn on_host(&self) -> [&Tensor; FLAT] {
+        let tensors = self.tensors();
+        if self.device() == Device::Cpu {
+            return tensors;
+        }
+        let copies = || tensors.map(|tensor| tensor.to_device(Device::Cpu)).into();
+        let mirror: &Vec<Tensor> = self.mirror.get_or_init(copies);
+        std::array::from_fn(|index| &mirror[index])
     }
 
     /// All sections, in order.
     #[must_use]
     pub fn sections(&self) -> [&[u8]; SECTIONS.len()] {
-        let [first, second] = self.optimizer.moments();
-        let averaged = self.ema.weights();
-        [
-            bytes(self.live.params()),
-            bytes(first),
-            bytes(second),
-            bytes(averaged.params()),
-            bytes(averaged.buffers()),
-            bytes(self.live.buffers()),
-            bytemuck::cast_slice(&self.counters),
-        ]
+        let [params, first, second, ema_params, ema_buffers, buffers] = self.on_host().map(bytes);
+        let counters = bytemuck::cast_slice(&self.counters);
+        [params, first, second, ema_params, ema_buffers, buffers, counters]
     }
 
     /// One section, to be overwritten. Call [`TrainState::tear`] before and [`TrainState::mend`] after.
@@ -171,16 +217,24 @@ impl TrainState {
     /// # Panics
     /// If there is no such section.
     pub fn section_mut(&mut self, index: usize) -> &mut [u8] {
-        let [first, second] = self.optimizer.moments_mut();
-        match SECTIONS[index] {
-            "params" => bytes_mut(self.live.params_mut()),
-            "exp_avg" => bytes_mut(first),
-            "exp_avg_sq" => bytes_mut(second),
-            "ema_params" => bytes_mut(self.ema.weights_mut().params_mut()),
-            "ema_buffers" => bytes_mut(self.ema.weights_mut().buffers_mut()),
-            "buffers" => bytes_mut(self.live.buffers_mut()),
-            _ => bytemuck::cast_slice_mut(&mut self.counters),
+        if index == FLAT {
+            return bytemuck::cast_slice_mut(&mut self.counters);
         }
+        if self.device() != Device::Cpu {
+            self.on_host();
+            let mirror = self.mirror.get_mut().expect("it was just filled");
+            return bytes_mut(&mut mirror[index]);
+        }
+        let [first, second] = self.optimizer.moments_mut();
+        let tensor = match SECTIONS[index] {
+            "params" => self.live.params_mut(),
+            "exp_avg" => first,
+            "exp_avg_sq" => second,
+            "ema_params" => self.ema.weights_mut().params_mut(),
+            "ema_buffers" => self.ema.weights_mut().buffers_mut(),
+            _ => self.live.buffers_mut(),
+        };
+        bytes_mut(tensor)
     }
 
     /// BLAKE3 of all sections: what the members of a generation compare.

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Figures at the end of a virtual rank's vector: its loss, and the flag to leave.
-const FIGURES: usize = 2;
+pub(super) const FIGURES: usize = 2;
 
 /// What makes updates: buffers that are kept from step to step.
 #[derive(Debug)]
@@ -38,12 +38,13 @@ pub(crate) struct Taken {
 }
 
 /// What a step needs beside the state.
-pub(crate) struct Surroundings<'a> {
+pub(crate) struct Surroundings<'a, P: ?Sized = dyn Exchange> {
     pub(crate) setup: &'a Setup,
     pub(crate) orders: &'a Orders,
     pub(crate) progress: &'a Progress,
     pub(crate) feed: &'a mut Feed,
-    pub(crate) peers: &'a mut dyn Exchange,
+    /// What moves the sum between workers.
+    pub(crate) peers: &'a mut P,
 }
 
 impl Stepper {
@@ -106,7 +107,8 @@ impl Stepper {
             learning_rate: setup.schedule.learning_rate(step.0),
             weight_decay: setup.schedule.weight_decay(step.0),
         };
-        state.apply(&self.gradients, buffers, &update, setup.recipe.ema.decay);
+        let buffers = Tensor::from_slice(buffers); // [S]
+        state.apply(&self.gradients, &buffers, &update, setup.recipe.ema.decay);
         Ok(Taken { metrics: metrics(setup, loss, norm, &update), leave: figures[1] > 0.0 })
     }
 
@@ -191,7 +193,7 @@ fn mixed_targets(batch: &MicroBatch) -> Option<Tensor> {
     (!batch.targets.is_empty()).then(|| Tensor::from_slice(&batch.targets).view([rows, -1]))
 }
 
-fn to_i64(size: usize) -> i64 {
+pub(super) fn to_i64(size: usize) -> i64 {
     i64::try_from(size).expect("no memory holds more elements")
 }
 
@@ -210,7 +212,7 @@ fn parts_mut<'v>(
     (gradients, buffers, figures)
 }
 
-fn metrics(setup: &Setup, loss: f32, norm: f64, update: &Update) -> StepMetrics {
+pub(super) fn metrics(setup: &Setup, loss: f32, norm: f64, update: &Update) -> StepMetrics {
     StepMetrics {
         loss,
         gradient_norm: as_f32(norm),
@@ -221,6 +223,6 @@ fn metrics(setup: &Setup, loss: f32, norm: f64, update: &Update) -> StepMetrics 
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "figures are reported in f32")]
-fn as_f32(value: f64) -> f32 {
+pub(super) fn as_f32(value: f64) -> f32 {
     value as f32
 }

@@ -144,8 +144,8 @@ impl Supervisor {
             .arg("--token-file")
             .arg(self.dir.token())
             .args(["--name", &name])
-            .args(["--threads", &self.threads.to_string()])
             .arg("--exit-with-stdin");
+        self.means.apply(number, &mut command);
         let log = self.dir.process_log(&name);
         let process = spawn(command, &log, self.happenings.clone(), move |end| {
             Happening::WorkerEnded(number, end)
