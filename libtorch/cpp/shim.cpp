@@ -142,9 +142,11 @@ const char* percheron_cuda_device(int ordinal, char* out, size_t capacity) {
   return guarded([&] {
     void* driver = dlopen("libcuda.so.1", RTLD_NOW);
     TORCH_CHECK(driver, "libcuda.so.1 cannot be loaded");
+    auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
     auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
     auto get_name = reinterpret_cast<int (*)(char*, int, int)>(dlsym(driver, "cuDeviceGetName"));
-    TORCH_CHECK(get && get_name, "libcuda.so.1 lacks a function");
+    TORCH_CHECK(init && get && get_name, "libcuda.so.1 lacks a function");
+    TORCH_CHECK(init(0) == 0, "the CUDA driver finds no GPU that this process may use");
     int device = 0;
     char name[256] = {0};
     TORCH_CHECK(get(&device, ordinal) == 0, "no CUDA device ", ordinal);
