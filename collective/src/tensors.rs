@@ -451,11 +451,11 @@ mod tests {
         for virtual_ranks in [1_u32, 6, 8] {
             let expected = on_host(virtual_ranks);
             for ranks in 1..=virtual_ranks {
-                let blocks = blocks::split(virtual_ranks, ranks);
+                let blocks = blocks::balanced_blocks(virtual_ranks, ranks);
                 let group = local::group(ranks, Duration::from_secs(60)).unwrap();
                 let sums: Vec<Vec<f32>> = std::thread::scope(|scope| {
                     let blocks = &blocks;
-                    let work = |(rank, mut peers): (u32, local::LocalExchange)| {
+                    let work = |(rank, mut peers): (u32, local::LocalRank)| {
                         scope.spawn(move || {
                             let mut sum = TensorReduction::new(virtual_ranks, LEN, Device::Cpu);
                             sum.regroup(blocks, Rank(rank));

@@ -139,7 +139,8 @@ impl Pass {
     ) -> Result<Tensor, GradientError> {
         let Rules { precision, loss, .. } = self.rules;
         let forward = || network.forward_train(&inputs.images, draws);
-        let exits = libtorch::autocast(inputs.images.device(), precision, forward)?;
+        let forward = || libtorch::autocast(inputs.images.device(), precision, forward);
+        let exits = libtorch::refusals(forward)??;
         let exits = exits.to_kind(Kind::Float); // Losses, KD included, are f32.
         let targets = inputs.targets.as_ref();
         let targets = targets.map_or(Targets::Labels(&inputs.labels), Targets::Soft);

@@ -213,7 +213,18 @@ impl From<shards::LoadError> for Interrupted {
 
 impl From<model::GradientError> for Interrupted {
     fn from(error: model::GradientError) -> Self {
-        Self::Fatal { reason: chain(&error) }
+        let text = chain(&error);
+        let reason = if text.contains("out of memory") {
+            let first = text.lines().next().unwrap_or_default();
+            format!(
+                "the GPU has too little memory for a micro-batch: lower batch_size and raise \
+                 update_freq or virtual_ranks by the same factor, or choose precision = bf16 \
+                 ({first})"
+            )
+        } else {
+            text
+        };
+        Self::Fatal { reason }
     }
 }
 

@@ -20,6 +20,24 @@ macro_rules! contract {
     };
 }
 
+/// What NCCL can promise: it does not say which peer is lost, and takes lengths on trust.
+macro_rules! nccl_contract {
+    ($($name:ident,)*) => {
+        mod nccl {
+            $(#[test] fn $name() { super::$name(crate::nccl::fake) })*
+        }
+    };
+}
+
+nccl_contract! {
+    every_message_arrives_whatever_the_sizes,
+    a_thousand_exchanges_in_a_row_do_not_mix,
+    a_broadcast_reaches_all_from_each_root,
+    a_rank_alone_talks_to_itself,
+    an_abort_ends_a_blocked_exchange_at_once_and_for_good,
+    a_peer_may_leave_after_its_last_exchange,
+}
+
 contract! {
     every_message_arrives_whatever_the_sizes,
     a_thousand_exchanges_in_a_row_do_not_mix,

@@ -3,5 +3,6 @@
 
 mod contract;
 mod forming;
+mod nccl;
 mod reduction;
 mod transports;
