@@ -60,7 +60,10 @@ pub(crate) fn check(error: *const c_char) -> Result<(), ShimError> {
     }
     // SAFETY: a non-null return is a C string that lives until the next call on this thread.
     let text = unsafe { CStr::from_ptr(error) };
-    Err(ShimError(text.to_string_lossy().into_owned()))
+    let text = text.to_string_lossy();
+    // Missing memory is reported with a page of advice about the allocator.
+    let words = if text.contains("out of memory") { text.lines().next() } else { None };
+    Err(ShimError(words.unwrap_or(&text).to_owned()))
 }
 
 /// Reads the text that a function of the shim writes into a buffer.

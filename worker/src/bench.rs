@@ -64,7 +64,7 @@ pub enum BenchError {
     #[error(transparent)]
     Model(#[from] model::ConfigError),
     /// The backward pass.
-    #[error("the backward pass failed")]
+    #[error("a step cannot be made; one with a smaller --batch needs less memory")]
     Backward(#[from] model::GradientError),
     /// A graph of what has no graphs.
     #[error("--graph needs --device cuda")]

@@ -53,7 +53,7 @@ struct Training {
     /// What moves gradients between GPUs; the same for all workers of a run.
     #[arg(long, value_enum, default_value = "auto")]
     transport: Transport,
-    /// Threads that decode images [default: 1, with a GPU 8].
+    /// Threads that decode images [default: 1; with GPUs this machine's cores shared among them, less one].
     #[arg(long, value_name = "N")]
     loaders: Option<usize>,
     /// Ask a GPU for each operation by itself instead of for one recorded graph. The bits are the same.
@@ -96,6 +96,16 @@ fn work_with(tool: Tool) -> Result<()> {
     runtime.context("cannot start the runtime")?.block_on(tool.run())
 }
 
+/// Threads that decode images for a device.
+fn loaders(device: tch::Device) -> usize {
+    if !device.is_cuda() {
+        return 1;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let devices = usize::try_from(tch::Cuda::device_count()).unwrap_or(1).max(1);
+    (cores / devices).saturating_sub(1).max(1)
+}
+
 fn train(arguments: Training) -> Result<Exit> {
     let run = RunId::try_from(arguments.run).context("--run")?;
     // Before any other thread: libtorch's settings hold for those that come later.
@@ -105,7 +115,7 @@ fn train(arguments: Training) -> Result<Exit> {
     let fingerprint = Fingerprint(facts.into_iter().collect());
     let means = Means {
         device: arguments.device,
-        loaders: arguments.loaders.unwrap_or(if arguments.device.is_cuda() { 8 } else { 1 }),
+        loaders: arguments.loaders.unwrap_or_else(|| loaders(arguments.device)),
         transport: arguments.transport,
         graph: !arguments.no_graph,
     };

@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod ci;
 mod demo;
+mod gpu;
 mod lint;
 mod parity;
 mod process;
@@ -52,6 +53,8 @@ enum Task {
     Webdataset(webdataset::Options),
     /// Read exported weights with PyTorch, and import what it saves.
     TorchFiles(torch_files::Options),
+    /// Build what the checks on a GPU need, and run them if there is one.
+    Gpu(gpu::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -80,6 +83,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Tidy => tidy::run(&workspace),
         Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::TorchFiles(options) => torch_files::run(&workspace, options),
+        Task::Gpu(options) => gpu::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }
