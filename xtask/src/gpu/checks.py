@@ -134,6 +134,7 @@ precision = "bf16"
 evaluate_every_epochs = 0
 [data]
 location = "{shards}"
+validation = "validation"
 [augment]
 aa = "rand-m9-mstd0.5-inc1"
 reprob = 0.25
