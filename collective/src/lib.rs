@@ -23,7 +23,7 @@ pub use crate::{
     mesh::{
         FormError, Group, Mesh, MeshConfig, MeshListener, MissingPeer, Refusal, RefusedPeer, Secret,
     },
-    tensors::{CudaMemory, Staged, TensorExchange, TensorReduction},
+    tensors::{Staged, TensorExchange, TensorReduction},
     tree::Reduction,
 };
 

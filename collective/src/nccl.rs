@@ -6,6 +6,7 @@
 //! failure aborts the communicator for good; the next generation makes another one from a new id.
 
 mod sys;
+mod tensors;
 
 use std::{
     ffi::c_void,
@@ -19,7 +20,7 @@ use cluster::Rank;
 use self::sys::{Library, Progress, Raw};
 use crate::{AbortHandle, Exchange, ExchangeError, RankList, take_own_message};
 
-pub use self::sys::UniqueId;
+pub use self::{sys::UniqueId, tensors::CudaMemory};
 
 /// NCCL cannot be used as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -401,7 +402,6 @@ impl<D: DeviceMemory> Exchange for NcclMesh<D> {
 }
 
 impl<D: DeviceMemory> NcclMesh<D> {
-    #[expect(clippy::type_complexity, reason = "ranges out and in")]
     fn stage(
         &mut self,
         outgoing: &[&[u8]],

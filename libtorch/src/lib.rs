@@ -1,11 +1,11 @@
 //! What tch lacks, behind safe functions: start-up of the runtime, the fingerprint of what can change
 //! bits, slices over tensor storage, own kernels with own backward, gradients written into one flat
-//! tensor, and autocast.
+//! tensor, autocast, and CUDA streams and graphs.
 //!
 //! Call [`init`] first thing in every program and test that computes: CUDA kernels register only if
 //! their library is loaded before the first question about CUDA.
 //!
-//! **Invariant**: this crate and the bindings of libjpeg-turbo are the only homes of `unsafe`.
+//! **Invariant**: this crate and the bindings of libjpeg-turbo and NCCL are the only homes of `unsafe`.
 
 mod autocast;
 pub mod cuda;

@@ -12,14 +12,18 @@ use crate::sys::ShimError;
 /// # Errors
 /// [`ShimError`] with the first line of libtorch's words.
 pub fn refusals<T>(work: impl FnOnce() -> T) -> Result<T, ShimError> {
-    catch_unwind(AssertUnwindSafe(work)).or_else(|panic| {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
         if !text.contains("out of memory") {
             resume_unwind(panic);
         }
         let words = text.split_once("Torch(\"").map_or(text.as_str(), |(_, words)| words);
-        let words = words.split("\\n").next().unwrap_or_default();
-        Err(ShimError(words.trim_end_matches("\")").to_owned()))
+        let words = words
+            .split("\\n")
+            .next()
+            .and_then(|words| words.split(" GPU ").next())
+            .unwrap_or_default();
+        ShimError(words.trim_end_matches("\")").to_owned())
     })
 }
 

@@ -62,8 +62,8 @@ pub(crate) fn check(error: *const c_char) -> Result<(), ShimError> {
     let text = unsafe { CStr::from_ptr(error) };
     let text = text.to_string_lossy();
     // Missing memory is reported with a page of advice about the allocator.
-    let words = if text.contains("out of memory") { text.lines().next() } else { None };
-    Err(ShimError(words.unwrap_or(&text).to_owned()))
+    let words = text.contains("out of memory").then(|| text.split(" GPU ").next());
+    Err(ShimError(words.flatten().unwrap_or(&text).to_owned()))
 }
 
 /// Reads the text that a function of the shim writes into a buffer.

@@ -286,7 +286,7 @@ mod tests {
     /// All micro-batches of a block from a step on.
     fn batches(setup: &Setup, block: Range<u32>, from: u64) -> Vec<MicroBatch> {
         let count = (STEPS - from) * u64::from(block.end - block.start);
-        let means = Means { threads: 1 + count as usize % 3, device: Device::Cpu };
+        let means = Means { threads: 1 + usize::try_from(from).unwrap() % 3, device: Device::Cpu };
         let mut feed = Feed::start(setup, block, Step(from), means).unwrap();
         (0..count).map(|_| feed.next().unwrap()).collect()
     }

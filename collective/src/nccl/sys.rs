@@ -199,19 +199,21 @@ impl Library {
         targets: &[(u32, Target)],
     ) -> Result<(), NcclError> {
         let peer = |rank: u32| c_int::try_from(rank).expect("ranks are few");
-        // SAFETY: as above; a group that was started is ended whatever happens inside.
-        unsafe {
-            self.check((self.group_start)())?;
-            let mut answers = Vec::with_capacity(sources.len() + targets.len());
-            for &(rank, (address, bytes)) in sources {
-                answers.push((self.send)(address, bytes, UINT8, peer(rank), comm, stream));
-            }
-            for &(rank, (address, bytes)) in targets {
-                answers.push((self.receive)(address, bytes, UINT8, peer(rank), comm, stream));
-            }
-            answers.push((self.group_end)());
-            answers.into_iter().try_for_each(|answer| self.check(answer))
+        // SAFETY: a group may be started at any time; it is ended below whatever happens inside.
+        self.check(unsafe { (self.group_start)() })?;
+        let mut answers = Vec::with_capacity(sources.len() + targets.len() + 1);
+        for &(rank, (address, bytes)) in sources {
+            // SAFETY: as above.
+            answers.push(unsafe { (self.send)(address, bytes, UINT8, peer(rank), comm, stream) });
         }
+        for &(rank, (address, bytes)) in targets {
+            // SAFETY: as above.
+            answers
+                .push(unsafe { (self.receive)(address, bytes, UINT8, peer(rank), comm, stream) });
+        }
+        // SAFETY: it was started above.
+        answers.push(unsafe { (self.group_end)() });
+        answers.into_iter().try_for_each(|answer| self.check(answer))
     }
 
     /// Puts the sum of all ranks' `floats` floats at `address`, in place, on `stream`.
@@ -245,10 +247,14 @@ impl Library {
         if answer == SUCCESS || answer == IN_PROGRESS {
             return Ok(());
         }
-        // SAFETY: both give C strings that live as long as the library, the latter until the next error.
-        let (what, detail) = unsafe {
-            (text((self.error_text)(answer)), text((self.last_error)(std::ptr::null_mut())))
-        };
+        // SAFETY: it takes any number.
+        let what = unsafe { (self.error_text)(answer) };
+        // SAFETY: it takes a null communicator for all of the process.
+        let detail = unsafe { (self.last_error)(std::ptr::null_mut()) };
+        // SAFETY: it is a C string that lives as long as the library.
+        let what = unsafe { text(what) };
+        // SAFETY: it is a C string that lives until the next error of the process.
+        let detail = unsafe { text(detail) };
         Err(NcclError::Refused { what, detail })
     }
 }
@@ -274,6 +280,8 @@ fn symbol(handle: *mut c_void, path: &str, name: &CStr) -> Result<*mut c_void, N
 }
 
 fn loader_error() -> String {
-    // SAFETY: a failed dlopen on this thread makes dlerror return a C string, which lives until the next dl call.
-    unsafe { text(libc::dlerror()) }
+    // SAFETY: it takes nothing.
+    let error = unsafe { libc::dlerror() };
+    // SAFETY: after a failed dlopen on this thread it is a C string, which lives until the next dl call.
+    unsafe { text(error) }
 }

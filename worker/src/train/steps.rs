@@ -7,8 +7,8 @@ use std::{
 
 use cluster::Rank;
 use collective::{
-    AbortHandle, CudaMemory, Exchange as _, Mesh, Staged, TensorExchange,
-    nccl::{Nccl, NcclError, NcclMesh, Place, UniqueId},
+    AbortHandle, Exchange as _, Mesh, Staged, TensorExchange,
+    nccl::{CudaMemory, Nccl, NcclError, NcclMesh, Place, UniqueId},
 };
 use tch::Device;
 use tracing::info;
@@ -114,7 +114,10 @@ impl Steps {
         let formed = NcclMesh::form(&nccl, place, memory, Instant::now() + patience * 4);
         on.communicator = Some(formed.map_err(|error| match error {
             NcclError::Aborted => collective::ExchangeError::Aborted.into(),
-            error => failed(error),
+            error @ (NcclError::Library { .. }
+            | NcclError::Refused { .. }
+            | NcclError::Device(_)
+            | NcclError::Deadline(_)) => failed(error),
         })?);
         Ok(())
     }
