@@ -36,7 +36,7 @@ mod tests {
         assert_eq!(refusals(|| 3), Ok(3));
         let refused = || {
             let error = tch::TchError::Torch("CUDA out of memory. Tried 2 GiB.\nmore".to_owned());
-            Err::<(), _>(error).unwrap();
+            std::hint::black_box(Err::<(), _>(error)).unwrap();
         };
         let error = refusals(refused).unwrap_err();
         assert_eq!(error.0, "CUDA out of memory. Tried 2 GiB.");

@@ -40,13 +40,14 @@ fn library() -> &'static Path {
 /// A function of the fake without arguments.
 fn ask(name: &std::ffi::CStr) -> c_int {
     let path = std::ffi::CString::new(library().display().to_string()).unwrap();
-    // SAFETY: the library is loaded already or loads without effects, and its functions have this signature.
-    unsafe {
-        let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
-        let found = libc::dlsym(handle, name.as_ptr());
-        assert!(!found.is_null());
-        std::mem::transmute::<*mut c_void, extern "C" fn() -> c_int>(found)()
-    }
+    // SAFETY: the name is a C string; loading the library has no effects.
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+    // SAFETY: the library is loaded for good.
+    let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
+    assert!(!found.is_null());
+    // SAFETY: these functions of the fake take nothing and give an int.
+    let function = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> c_int>(found) };
+    function()
 }
 
 /// Memory of the host in the place of a device's.
