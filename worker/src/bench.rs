@@ -5,6 +5,8 @@
 //! times of the whole process, so a busy machine disturbs them little; the first step, which finds its memory, is not
 //! counted.
 
+pub mod checkpoint;
+
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
@@ -152,7 +154,7 @@ fn measure(
     let mut optimizer = AdamW::new(AdamWConfig::default(), &layout, weights.params());
     let mut ema = Ema::new(&weights);
     let mut gradients = weights.params().zeros_like();
-    let (images, labels) = made(options);
+    let (images, labels) = made(options.batch, options.size, options.classes);
     let mut times = Vec::new();
     for step in 0..=options.steps {
         let draws = Draws { seed: 0, step, virtual_rank: 0 };
@@ -183,8 +185,7 @@ fn measure(
 }
 
 /// Images `[B, 3, S, S]` and labels `[B]`.
-fn made(options: &Options) -> (Tensor, Tensor) {
-    let Options { batch, size, classes, .. } = *options;
+fn made(batch: i64, size: i64, classes: i64) -> (Tensor, Tensor) {
     let kind = (Kind::Float, Device::Cpu);
     let images = Tensor::linspace(-2.0, 2.0, batch * 3 * size * size, kind).sin();
     let labels = Tensor::arange(batch, (Kind::Int64, Device::Cpu)).remainder(classes);

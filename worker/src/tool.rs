@@ -33,6 +33,9 @@ pub enum Tool {
     /// Measure CPU time and memory of a training step, on made images.
     #[command(bin_name = "percheron bench step")]
     BenchStep(bench::Options),
+    /// Measure how long training waits for checkpoints, and what they cost beside it.
+    #[command(bin_name = "percheron bench checkpoint")]
+    BenchCheckpoint(bench::checkpoint::Options),
 }
 
 impl Tool {
@@ -41,7 +44,7 @@ impl Tool {
     pub fn threads(&self) -> usize {
         match self {
             Self::BenchStep(options) => options.threads,
-            Self::Import(_) | Self::Export(_) | Self::Model(_) => 1,
+            Self::Import(_) | Self::Export(_) | Self::Model(_) | Self::BenchCheckpoint(_) => 1,
         }
     }
 
@@ -57,6 +60,14 @@ impl Tool {
             Self::BenchStep(options) => {
                 let report = bench::run(&options)?;
                 say(&if options.json { report.json() } else { report.to_string() });
+                Ok(())
+            }
+            Self::BenchCheckpoint(options) => {
+                // It has a runtime of its own, as a worker has.
+                let is_json = options.json;
+                let bench = move || bench::checkpoint::run(&options);
+                let report = tokio::task::spawn_blocking(bench).await??;
+                say(&if is_json { report.json() } else { report.text() });
                 Ok(())
             }
         }

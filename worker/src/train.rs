@@ -5,6 +5,7 @@
 pub(crate) mod checkpoints;
 mod eval;
 mod forming;
+pub(crate) mod memory;
 mod state;
 mod step;
 
@@ -28,15 +29,16 @@ use collective::{
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
-use self::{
-    checkpoints::share,
-    eval::Evaluator,
-    forming::Origin,
-    step::{Stepper, Surroundings},
-};
 pub use self::{
     checkpoints::{RestoreError, ShareBytes},
     state::{SECTIONS, TrainState},
+};
+use self::{
+    checkpoints::{share, share_bytes},
+    eval::Evaluator,
+    forming::Origin,
+    memory::ShareMemory,
+    step::{Stepper, Surroundings},
 };
 use crate::{
     feed::Feed,
@@ -263,6 +265,7 @@ impl Trainer {
             setup,
             listener,
             layout,
+            memory: ShareMemory::default(),
             state,
             begun: Step(0),
             stopped_at: None,
@@ -280,6 +283,7 @@ struct Training {
     setup: Setup,
     listener: MeshListener,
     layout: checkpoint::Layout,
+    memory: ShareMemory,
     state: TrainState,
     stepper: Stepper,
     evaluator: Evaluator,
@@ -300,6 +304,7 @@ impl Training {
         let mut peers = self.connect(host, formation)?;
         let digest = self.agree(host, group, &mut peers)?;
         self.say_formed(host, generation, digest);
+        self.memory.prepare(share_bytes(&self.layout, *rank, peers.size()));
 
         let blocks: Vec<_> = group.members.iter().map(|member| member.block.clone()).collect();
         self.stepper.sum_mut().regroup(&blocks, *rank);
@@ -312,7 +317,7 @@ impl Training {
             let step = self.step();
             let is_last = step == self.setup.plan.steps_total;
             if host.keep.take(step) || is_last {
-                self.save_share(host, generation, *rank, peers.size());
+                self.save_share(host, generation, (*rank, peers.size()));
             }
             if leave {
                 host.say(Notice::LeftTogether { generation });
@@ -426,9 +431,16 @@ impl Training {
         self.evaluator.evaluate(&self.state, &self.setup, orders, &host.progress, peers)
     }
 
-    fn save_share(&self, host: &Trainer, generation: Generation, rank: Rank, size: u32) {
+    /// Copies this worker's share and hands it over; the store is the agent's affair.
+    fn save_share(&self, host: &Trainer, generation: Generation, place: (Rank, u32)) {
         host.progress.enter(StepPhase::Checkpoint);
-        let share = share(&self.state, self.layout.clone(), rank, size);
+        let step = self.step();
+        let is_last = step == self.setup.plan.steps_total;
+        let Some(share) = share(&self.state, &self.layout, place, &self.memory, is_last) else {
+            let reason = "the checkpoints before are still on their way to the store".to_owned();
+            warn!(%generation, step = step.0, %reason, "checkpoint left out");
+            return host.say(Notice::ShareSaved { generation, step, outcome: Err(reason) });
+        };
         drop(host.told.send(Told::Share { generation, share })); // As in `say`.
     }
 
