@@ -28,6 +28,7 @@ fn config(folder: &Path) -> Config {
             evaluate_every_epochs: 1,
             checkpoint_every_epochs: 1,
             checkpoint_every_steps: 0,
+            checkpoint_every: Duration::ZERO,
             workers_expected: 1,
             workers_min: 1,
             workers_max: 2,

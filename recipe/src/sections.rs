@@ -270,6 +270,9 @@ pub struct Checkpoint {
     pub every_epochs: u64,
     /// Keep the state after every so many steps as well; 0 for never.
     pub every_steps: u64,
+    /// Keep the state when none has been kept for so long as well, such as `"10m"`; `"0s"` for never.
+    #[serde(with = "humantime_serde")]
+    pub every: Duration,
     /// Newest checkpoints that are not pruned; at least 2.
     pub keep: u32,
     /// Keep the checkpoints of every so many epochs for good as well; 0 for none.
@@ -280,7 +283,14 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every_epochs: 1, every_steps: 0, keep: 3, keep_every_epochs: 0, part_mib: 32 }
+        Self {
+            every_epochs: 1,
+            every_steps: 0,
+            every: Duration::ZERO,
+            keep: 3,
+            keep_every_epochs: 0,
+            part_mib: 32,
+        }
     }
 }
 
