@@ -315,6 +315,7 @@ impl Host {
                     fingerprint,
                     parts,
                     (part_bytes, sections),
+                    self.coordinator.ledger().evaluations.clone(),
                     self.clock.now(),
                 );
             }

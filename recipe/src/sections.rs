@@ -277,6 +277,8 @@ pub struct Checkpoint {
     pub keep: u32,
     /// Keep the checkpoints of every so many epochs for good as well; 0 for none.
     pub keep_every_epochs: u64,
+    /// Keep those that did best as well: of each exit, by the weights and by their average.
+    pub keep_best: bool,
     /// Size of a part, in MiB.
     pub part_mib: u32,
 }
@@ -289,6 +291,7 @@ impl Default for Checkpoint {
             every: Duration::ZERO,
             keep: 3,
             keep_every_epochs: 0,
+            keep_best: true,
             part_mib: 32,
         }
     }

@@ -72,6 +72,31 @@ fn the_next_checkpoint_is_announced_when_one_is_reached() {
 }
 
 #[test]
+fn members_whose_uploads_fail_hold_up_nobody_and_the_next_checkpoint_counts() {
+    let mut table = Table::training(&[A, B, C, D]);
+    table.apply(40);
+    table.say(A, share(Generation(1), 40, &[0]));
+    let mut commands = Vec::new();
+    for worker in [B, C] {
+        let (step, reason) = (Step(40), "503 SlowDown".to_owned());
+        let failed = Report::ShareFailed { generation: Generation(1), step, reason };
+        commands.extend(table.say(worker, failed));
+    }
+    commands.extend(table.say(D, share(Generation(1), 40, &[3])));
+    let told: Vec<_> = [A, B, C, D].iter().flat_map(|&who| said_to(&commands, who)).collect();
+    assert_eq!(told, [], "nobody waits, and nobody is stopped");
+    table.is_training();
+    assert!(kept(&table).is_empty());
+
+    table.apply(80);
+    for (worker, part) in [A, B, C, D].into_iter().zip(0..) {
+        table.say(worker, share(Generation(1), 80, &[part]));
+    }
+    table.handle(Event::CheckpointCommitted { step: Step(80) });
+    assert_eq!(kept(&table), [80]);
+}
+
+#[test]
 fn a_checkpoint_on_demand_is_a_step_soon_to_come_and_the_plan_goes_on_after_it() {
     let mut table = Table::training(&[A, B]);
     table.apply(10);

@@ -242,8 +242,8 @@ impl Bench<'_> {
             nonce: std::process::id().to_string(),
         };
         checkpoint::commit(&self.store, &manifest).await?;
-        let keep = Retention { newest: 2, every_steps: 0 };
-        for old in keep.prunable(&checkpoint::committed_steps(&self.store).await?) {
+        let keep = Retention { newest: 2, every_steps: 0, best: false };
+        for old in keep.prunable(&checkpoint::committed_steps(&self.store).await?, &[]) {
             checkpoint::prune(&self.store, old).await?;
         }
         Ok(())

@@ -141,8 +141,8 @@ async fn keep(store: &Store, step: Step) -> Result<()> {
 }
 
 async fn forget(store: &Store) -> Result<()> {
-    let retention = Retention { newest: 2, every_steps: 0 };
-    for old in retention.prunable(&committed_steps(store).await?) {
+    let retention = Retention { newest: 2, every_steps: 0, best: false };
+    for old in retention.prunable(&committed_steps(store).await?, &[]) {
         prune(store, old).await?;
     }
     Ok(())
