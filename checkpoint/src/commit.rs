@@ -10,7 +10,7 @@ use bytes::Bytes;
 use cluster::Step;
 use object_store::{PutMode, path::Path};
 use thiserror::Error;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::{
     layout::{folder_name, manifest_name, part_name},
@@ -102,8 +102,9 @@ pub enum CommitError {
         /// In what it differs.
         difference: Difference,
     },
-    /// What is at the manifest's place cannot be read.
-    #[error("{object} is there and is damaged: {fault}; remove it, or restore it")]
+    /// What is at the manifest's place cannot be read, and is left: another version wrote it, or it does not
+    /// keep what is written.
+    #[error("{object} is there and cannot be read: {fault}; remove it, or restore it")]
     Damaged {
         /// The manifest.
         object: String,
@@ -149,7 +150,10 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<Committed, Com
         Created::Before(found) => {
             let object = store.object(&name);
             match Manifest::parse(&found) {
-                Err(fault) => Err(CommitError::Damaged { object, fault }),
+                Err(fault @ ManifestFault::Format { .. }) => {
+                    Err(CommitError::Damaged { object, fault })
+                }
+                Err(fault) => replace(store, manifest, found, &fault).await,
                 Ok(found) => match manifest.difference(&found) {
                     Some(difference) => Err(CommitError::Different { object, difference }),
                     None => Ok(Committed::Before),
@@ -162,6 +166,30 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<Committed, Com
         store.delete(&store.path(&quarantine_name(step))).await?;
     }
     committed
+}
+
+/// Puts a manifest in the place of one that cannot be read, so that its step is a checkpoint again. What
+/// was there is kept beside it.
+async fn replace(
+    store: &Store,
+    manifest: &Manifest,
+    found: Bytes,
+    fault: &ManifestFault,
+) -> Result<Committed, CommitError> {
+    let name = manifest_name(manifest.step);
+    warn!(object = store.object(&name), %fault, "a damaged manifest is written again");
+    store.put(&format!("{name}.damaged"), found, PutMode::Overwrite).await?;
+    let bytes = Bytes::from(manifest.to_json());
+    store.put(&name, bytes, PutMode::Overwrite).await?;
+    let object = store.object(&name);
+    match Manifest::parse(&store.read(&name).await?) {
+        Err(fault) => Err(CommitError::Damaged { object, fault }),
+        // Another may have healed it at the same time: what counts is what it says.
+        Ok(written) => match manifest.difference(&written) {
+            Some(difference) => Err(CommitError::Different { object, difference }),
+            None => Ok(Committed::Now),
+        },
+    }
 }
 
 /// Whether every part is there with its length; one listing.

@@ -13,11 +13,12 @@
 //! [`pth`] is another matter: it reads and writes files of `torch.save`, for weights that come from or go
 //! to other programs: `percheron import` and `export`.
 //!
-//! **Invariants**: a step without a manifest is no checkpoint. A committed manifest is never
+//! **Invariants**: a step without a manifest is no checkpoint. A committed manifest that can be read is never
 //! overwritten, nor is a part of it by other bytes. The bytes of a part depend on the state only, not on
 //! how many workers wrote it.
 
 mod commit;
+mod copy;
 mod layout;
 mod load;
 mod manifest;
@@ -31,6 +32,7 @@ mod store;
 
 pub use crate::{
     commit::{CommitError, Committed, Created, commit, create},
+    copy::{CopyError, copy},
     layout::{Layout, LayoutError, Piece, Section, manifest_name, part_name},
     load::{Checkpoint, Fault, LoadError, committed_steps, newest_intact},
     manifest::{Difference, Digest, FORMAT, Manifest, ManifestFault, PartRecord},

@@ -204,6 +204,15 @@ impl Checkpoint {
         }
     }
 
+    /// The bytes of one of its parts, checked.
+    pub(crate) async fn part(&self, part: &PartRecord) -> Result<bytes::Bytes, LoadError> {
+        let step = self.manifest.step;
+        match read_part_twice(&self.store, step, part).await {
+            Ok(bytes) => Ok(bytes),
+            Err(fault) => Err(explain(&self.store, step, fault).await),
+        }
+    }
+
     /// Reads and checks every part.
     ///
     /// # Errors
@@ -237,19 +246,27 @@ async fn read_parts(
 ) -> Result<(), Fault> {
     let mut start = 0;
     for part in &manifest.parts {
-        let bytes = match read_part(store, manifest.step, part).await {
-            // Neither TCP nor every client notices bits that change on the way: only twice is damage.
-            Err(fault @ Fault::PartDigest { .. }) => {
-                warn!(%fault, "a part is read again");
-                read_part(store, manifest.step, part).await?
-            }
-            read => read?,
-        };
+        let bytes = read_part_twice(store, manifest.step, part).await?;
         let end = start + part.bytes;
         sink(start..end, &bytes);
         start = end;
     }
     Ok(())
+}
+
+/// Neither TCP nor every client notices bits that change on the way: only twice is damage.
+async fn read_part_twice(
+    store: &Store,
+    step: Step,
+    part: &PartRecord,
+) -> Result<bytes::Bytes, Fault> {
+    match read_part(store, step, part).await {
+        Err(fault @ Fault::PartDigest { .. }) => {
+            warn!(%fault, "a part is read again");
+            read_part(store, step, part).await
+        }
+        read => read,
+    }
 }
 
 async fn read_part(store: &Store, step: Step, part: &PartRecord) -> Result<bytes::Bytes, Fault> {

@@ -1,6 +1,8 @@
 //! Which checkpoints are no longer needed, and their deletion.
 
-use cluster::Step;
+use std::collections::BTreeSet;
+
+use cluster::{Evaluation, ExitScores, Step};
 use tracing::info;
 
 use crate::{
@@ -20,22 +22,46 @@ pub struct Retention {
     pub newest: usize,
     /// And for good those of steps that are multiples of this; 0 for none.
     pub every_steps: u64,
+    /// And those that did best so far: of each exit, by the weights and by their average.
+    pub best: bool,
 }
 
 impl Retention {
     /// The steps to delete, oldest first.
     ///
     /// `verified` are the steps whose checkpoints are known to be good: only they count, and only they
-    /// are named, so that a damaged checkpoint never takes the place of a good one.
+    /// are named, so that a damaged checkpoint never takes the place of a good one. `evaluations` are those
+    /// of the run, of these steps and others.
     #[must_use]
-    pub fn prunable(&self, verified: &[Step]) -> Vec<Step> {
+    pub fn prunable(&self, verified: &[Step], evaluations: &[Evaluation]) -> Vec<Step> {
         let mut steps = verified.to_vec();
         steps.sort_unstable();
         steps.dedup();
+        let best = if self.best { best_of(&steps, evaluations) } else { BTreeSet::new() };
         steps.truncate(steps.len().saturating_sub(self.newest.max(KEPT_MIN)));
         steps.retain(|step| self.every_steps == 0 || !step.0.is_multiple_of(self.every_steps));
+        steps.retain(|step| !best.contains(step));
         steps
     }
+}
+
+/// Of each exit the step with the highest top-1, by the weights and by their average; of equals the first,
+/// as the reference does it.
+fn best_of(steps: &[Step], evaluations: &[Evaluation]) -> BTreeSet<Step> {
+    let kept: Vec<_> =
+        evaluations.iter().filter(|e| steps.binary_search(&e.step).is_ok()).collect();
+    let column = |exit: usize, which: fn(&Evaluation) -> &ExitScores| {
+        let top1 = |e: &Evaluation| which(e).top1[exit];
+        let better = |a: &&&Evaluation, b: &&&Evaluation| {
+            top1(a).total_cmp(&top1(b)).then(b.step.cmp(&a.step))
+        };
+        kept.iter().max_by(better).map(|evaluation| evaluation.step)
+    };
+    let exits = 0..ExitScores::default().top1.len();
+    exits
+        .flat_map(|exit| [column(exit, |e| &e.weights), column(exit, |e| &e.ema)])
+        .flatten()
+        .collect()
 }
 
 /// The steps below the newest checkpoint of which there are objects and no manifest, ascending: saves
@@ -78,12 +104,38 @@ pub async fn prune(store: &Store, step: Step) -> Result<(), StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use cluster::Epoch;
+
     use super::*;
 
     fn pruned(steps: &[u64], newest: usize, every_steps: u64) -> Vec<u64> {
         let steps: Vec<Step> = steps.iter().copied().map(Step).collect();
-        let retention = Retention { newest, every_steps };
-        retention.prunable(&steps).into_iter().map(|step| step.0).collect()
+        let retention = Retention { newest, every_steps, best: false };
+        retention.prunable(&steps, &[]).into_iter().map(|step| step.0).collect()
+    }
+
+    fn evaluation(step: u64, weights: [f64; 4], ema: [f64; 4]) -> Evaluation {
+        let scores = |top1| ExitScores { top1, loss: 1.0 };
+        let (weights, ema) = (scores(weights), scores(ema));
+        Evaluation { step: Step(step), epoch: Epoch(1), samples: 9, weights, ema }
+    }
+
+    #[test]
+    fn the_best_of_each_exit_and_of_the_average_stay() {
+        let steps = [10, 20, 30, 40, 50, 60, 70].map(Step);
+        let evaluations = [
+            evaluation(10, [0.9, 0.1, 0.1, 0.1], [0.1; 4]),
+            evaluation(15, [1.0; 4], [1.0; 4]), // There is no checkpoint of it.
+            evaluation(20, [0.2, 0.2, 0.2, 0.2], [0.1; 4]),
+            evaluation(30, [0.1, 0.8, 0.8, 0.8], [0.1; 4]),
+            evaluation(40, [0.9, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]),
+            evaluation(60, [0.3; 4], [0.6, 0.6, 0.6, 0.6]),
+        ];
+        let retention = Retention { newest: 2, every_steps: 0, best: true };
+        assert_eq!(retention.prunable(&steps, &evaluations), [Step(20), Step(50)]);
+        let without = Retention { best: false, ..retention };
+        assert_eq!(without.prunable(&steps, &evaluations), steps[..5]);
+        assert_eq!(retention.prunable(&steps, &[]), steps[..5], "nothing was evaluated");
     }
 
     #[test]

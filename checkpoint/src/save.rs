@@ -8,7 +8,7 @@ use tracing::{debug, warn};
 
 use crate::{
     layout::{Layout, manifest_name, part_name},
-    manifest::{Digest, Manifest, PartRecord},
+    manifest::{Digest, Manifest, ManifestFault, PartRecord},
     store::{Store, StoreError},
 };
 
@@ -87,6 +87,10 @@ pub async fn save_part(
         Ok(json) => match Manifest::parse(&json) {
             Ok(manifest) if manifest.parts.get(index as usize) == Some(&record) => {
                 warn!(step = step.0, part = index, "a damaged part of a checkpoint is restored");
+            }
+            // No checkpoint either; its manifest is written again with the commit.
+            Err(fault) if !matches!(fault, ManifestFault::Format { .. }) => {
+                warn!(step = step.0, part = index, "a part beside a damaged manifest is replaced");
             }
             Ok(_) | Err(_) => {
                 let object = store.object(&name);

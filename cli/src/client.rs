@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use cluster::{RunId, Timestamp, WorkerId};
+use cluster::{RunId, Step, Timestamp, WorkerId};
 use coordinator::Entry;
 use proto::{
     MESSAGE_BYTES_MAX, TOKEN_HEADER,
@@ -73,14 +73,22 @@ impl Client {
     pub(crate) async fn drain(&self, worker: &str) -> Result<()> {
         let request = v1::DrainRequest { run: self.run.to_string(), worker: worker.to_owned() };
         let mut service = self.service.clone();
-        answered(timeout(ANSWER_MAX, service.drain(self.with_token(request))).await)
+        answered(timeout(ANSWER_MAX, service.drain(self.with_token(request))).await).map(drop)
     }
 
     /// Lets so many workers take part.
     pub(crate) async fn resize(&self, workers: u32) -> Result<()> {
         let request = v1::ResizeRequest { run: self.run.to_string(), workers };
         let mut service = self.service.clone();
-        answered(timeout(ANSWER_MAX, service.resize(self.with_token(request))).await)
+        answered(timeout(ANSWER_MAX, service.resize(self.with_token(request))).await).map(drop)
+    }
+
+    /// Has the state kept soon; returns the step.
+    pub(crate) async fn checkpoint(&self) -> Result<Step> {
+        let request = v1::CheckpointRequest { run: self.run.to_string() };
+        let mut service = self.service.clone();
+        let answer = timeout(ANSWER_MAX, service.checkpoint(self.with_token(request))).await;
+        Ok(Step(answered(answer)?.step))
     }
 
     fn with_token<T>(&self, message: T) -> Request<T> {
@@ -91,9 +99,9 @@ impl Client {
 }
 
 /// What a person is told if the coordinator did not do as asked.
-fn answered<T>(answer: Result<Result<Response<T>, Status>, Elapsed>) -> Result<()> {
+fn answered<T>(answer: Result<Result<Response<T>, Status>, Elapsed>) -> Result<T> {
     match answer {
-        Ok(Ok(_)) => Ok(()),
+        Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) if status.code() == Code::Unavailable => {
             bail!("the coordinator cannot be reached: is the run still on? ({})", status.message())
         }

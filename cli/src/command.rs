@@ -3,6 +3,7 @@
 mod audit;
 mod bench;
 mod change;
+mod checkpoint;
 mod checkpoints;
 mod coordinator;
 mod explain;
@@ -34,6 +35,8 @@ pub(crate) enum Command {
     Log(log::Arguments),
     /// Show what disturbed a run, who noticed, and what it cost.
     Incidents(incidents::Arguments),
+    /// Have a run that is on keep its state now, and wait until it is in the store.
+    Checkpoint(checkpoint::Arguments),
     /// List, verify and delete the checkpoints of a run.
     #[command(subcommand)]
     Checkpoints(checkpoints::Command),
@@ -82,6 +85,7 @@ impl Command {
             Self::Audit(arguments) => in_runtime(audit::run(arguments)),
             Self::Log(arguments) => in_runtime(log::run(arguments)),
             Self::Incidents(arguments) => in_runtime(incidents::run(arguments)),
+            Self::Checkpoint(arguments) => in_runtime(checkpoint::run(arguments)),
             Self::Checkpoints(command) => in_runtime(checkpoints::run(command)),
             Self::Drain(arguments) => in_runtime(change::drain(arguments)),
             Self::Resize(arguments) => in_runtime(change::resize(arguments)),

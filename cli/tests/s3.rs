@@ -75,8 +75,30 @@ async fn a_run_in_s3_is_moved_and_resized_and_its_store_fails_and_it_ends_with_t
 
     let mut verify = Command::new(env!("CARGO_BIN_EXE_percheron"));
     verify.args(["checkpoints", "verify"]).arg(&after);
-    let output = verify.envs(variables).output().unwrap();
+    let output = verify.envs(variables.clone()).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
+
+    // Its weights are found by its folder, and its newest checkpoint is copied out of the bucket.
+    let weights = folder.path().join("weights.safetensors");
+    let mut export = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    export.args(["export", "--format", "safetensors", "--checkpoint"]).arg(&after);
+    let output = export.arg("--out").arg(&weights).envs(variables.clone()).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let backup = folder.path().join("backup");
+    let mut copy = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    copy.args(["checkpoints", "copy"]).args([&after, &backup]);
+    let output = copy.envs(variables).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let again = folder.path().join("again.safetensors");
+    let mut export = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    export.args(["export", "--format", "safetensors", "--checkpoint"]).arg(&backup);
+    let output = export.arg("--out").arg(&again).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(
+        fs::read(&weights).unwrap(),
+        fs::read(&again).unwrap(),
+        "both hold the same weights"
+    );
 
     // Another run cannot take the place, and this one cannot go elsewhere.
     let direct = server.variables();

@@ -23,6 +23,9 @@ pub struct RunConfig {
     pub checkpoint_every_epochs: u64,
     /// Checkpoint after every so many steps as well; 0 for never.
     pub checkpoint_every_steps: u64,
+    /// Checkpoint when none has been kept for so long as well; 0 for never.
+    #[serde(default)]
+    pub checkpoint_every: Duration,
     /// The first generation waits for so many workers, as long as `timeouts.gather` allows.
     pub workers_expected: u32,
     /// No generation is formed with fewer workers.
@@ -290,6 +293,7 @@ pub(crate) mod tests {
             evaluate_every_epochs: 1,
             checkpoint_every_epochs: 2,
             checkpoint_every_steps: 0,
+            checkpoint_every: Duration::ZERO,
             workers_expected: workers,
             workers_min: 1,
             workers_max: 8,

@@ -33,6 +33,10 @@ pub struct Coordinator {
     phase: Phase,
     saving: BTreeMap<Step, Saving>,
     checkpoint_at: Option<Step>,
+    /// A step that is kept beside those of the plan: somebody asked, or it is time.
+    keep_also: Option<Step>,
+    /// Since when no checkpoint has been committed or named by the clock.
+    unkept_since: Timestamp,
     finished: BTreeMap<WorkerId, String>,
     /// Whether a member of the generation before has left it for the newest: then no step of it is
     /// lost by aborting it.
@@ -141,6 +145,8 @@ impl Coordinator {
             phase,
             saving: BTreeMap::new(),
             checkpoint_at: None,
+            keep_also: None,
+            unkept_since: now,
             finished: BTreeMap::new(),
             turned,
             stopped: BTreeSet::new(),
@@ -177,12 +183,14 @@ impl Coordinator {
             Event::ProcessExited { worker, how } => self.workers_lost(now, &[worker], &how),
             Event::DrainRequested { worker } => self.drain(worker),
             Event::ResizeRequested { workers } => self.resize(workers),
+            Event::CheckpointRequested => self.keep_soon(),
             Event::CheckpointCommitted { step } => self.checkpoint_committed(now, step),
             Event::CheckpointFailed { step, reason } => self.commit_failed(step, &reason),
             Event::DeadlineReached => self.deadlines_passed(now),
         }
         if !is_beat {
             self.reconsider_membership(now);
+            self.keep_in_time(now);
         }
         std::mem::take(&mut self.commands)
     }
@@ -221,6 +229,13 @@ impl Coordinator {
     #[must_use]
     pub fn workers(&self) -> &Membership {
         &self.workers
+    }
+
+    /// The next step whose state is to be kept; nothing if no step is left to make.
+    #[must_use]
+    pub fn next_kept(&self) -> Option<Step> {
+        let is_on = self.ledger.outcome.is_none();
+        self.checkpoint_at.filter(|step| is_on && *step > self.ledger.canonical)
     }
 
     /// The plan it was made with.

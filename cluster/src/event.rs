@@ -45,6 +45,8 @@ pub enum Event {
         /// How many; more stand by.
         workers: u32,
     },
+    /// An operator wants the state to be kept soon.
+    CheckpointRequested,
     /// The manifest of a checkpoint is in the store and was read back.
     CheckpointCommitted {
         /// Its step.

@@ -2,7 +2,7 @@
 //!
 //! **Invariant**: the ledger changes only by [`Ledger::apply`], so replaying the log rebuilds it.
 
-use crate::{Fingerprint, Generation, Member, Record, Step, Term, WorkerId};
+use crate::{Evaluation, Fingerprint, Generation, Member, Record, Step, Term, WorkerId};
 
 /// The durable part of the coordinator's state.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -37,6 +37,8 @@ pub struct Ledger {
     pub checkpoint_offered: Option<Step>,
     /// The newest step that was evaluated.
     pub evaluated: Option<Step>,
+    /// What the evaluations came to, by step.
+    pub evaluations: Vec<Evaluation>,
     /// The newest step that had been evaluated when the newest generation was opened.
     pub evaluated_before: Option<Step>,
     /// How many workers are to take part, if an operator has said so.
@@ -110,7 +112,10 @@ impl Ledger {
                     self.inherited = *step;
                 }
             }
-            Record::Evaluated { evaluation, .. } => self.evaluated = Some(evaluation.step),
+            Record::Evaluated { evaluation, .. } => {
+                self.evaluated = Some(evaluation.step);
+                self.evaluations.push(evaluation.clone());
+            }
             Record::CheckpointCommitted { step } => {
                 if let Err(place) = self.checkpoints.binary_search(step) {
                     self.checkpoints.insert(place, *step);

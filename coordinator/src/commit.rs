@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use checkpoint::{Digest, Manifest, PartRecord, Retention, Retries, Section, Store, retrying};
-use cluster::{Epoch, Event, Fingerprint, Generation, Part, Step, Term, Timestamp};
+use cluster::{Epoch, Evaluation, Event, Fingerprint, Generation, Part, Step, Term, Timestamp};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -36,6 +36,7 @@ impl Committer {
         fingerprint: Fingerprint,
         parts: Vec<Part>,
         (part_bytes, sections): (u64, Vec<(String, u64)>),
+        evaluations: Vec<Evaluation>,
         created: Timestamp,
     ) {
         let mut records = Vec::with_capacity(parts.len());
@@ -64,7 +65,7 @@ impl Committer {
             nonce: blake3::hash(attempt.as_bytes()).to_hex().to_string(),
         };
         let (store, keep) = (self.store.clone(), self.config.keep);
-        tokio::spawn(carry_out(store, manifest, keep, self.inputs.clone()));
+        tokio::spawn(carry_out(store, manifest, (keep, evaluations), self.inputs.clone()));
     }
 
     fn report(&self, event: Event) {
@@ -75,7 +76,12 @@ impl Committer {
     }
 }
 
-async fn carry_out(store: Store, manifest: Manifest, keep: Retention, inputs: mpsc::Sender<Input>) {
+async fn carry_out(
+    store: Store,
+    manifest: Manifest,
+    (keep, evaluations): (Retention, Vec<Evaluation>),
+    inputs: mpsc::Sender<Input>,
+) {
     let step = manifest.step;
     let commit =
         retrying(Retries::of("commit a checkpoint"), || checkpoint::commit(&store, &manifest));
@@ -85,16 +91,20 @@ async fn carry_out(store: Store, manifest: Manifest, keep: Retention, inputs: mp
     };
     let is_committed = matches!(event, Event::CheckpointCommitted { .. });
     drop(inputs.send(Input::Cluster(event)).await); // The host may have ended.
-    if is_committed && let Err(error) = prune(&store, keep).await {
+    if is_committed && let Err(error) = prune(&store, keep, &evaluations).await {
         warn!(error = %error, "old checkpoints could not be pruned");
     }
 }
 
 /// Deletes what `keep` does not cover. Only what has a manifest counts, so a checkpoint that could not
 /// be committed never takes the place of one that was.
-async fn prune(store: &Store, keep: Retention) -> Result<(), checkpoint::StoreError> {
+async fn prune(
+    store: &Store,
+    keep: Retention,
+    evaluations: &[Evaluation],
+) -> Result<(), checkpoint::StoreError> {
     let committed = checkpoint::committed_steps(store).await?;
-    for step in keep.prunable(&committed) {
+    for step in keep.prunable(&committed, evaluations) {
         checkpoint::prune(store, step).await?;
     }
     Ok(())

@@ -7,7 +7,8 @@ use std::{
 };
 
 use cluster::{
-    Command, Coordinator, Event, Generation, Hello, Outcome, Record, Report, Timestamp, WorkerId,
+    Command, Coordinator, Event, Generation, Hello, Outcome, Record, Report, Step, Timestamp,
+    WorkerId,
 };
 use proto::v1;
 use tokio::{
@@ -50,6 +51,8 @@ pub(crate) enum Input {
     Drain { name: String, found: oneshot::Sender<bool> },
     /// Somebody wants so many workers; the answer says why that cannot be.
     Resize { workers: u32, answer: oneshot::Sender<Result<(), String>> },
+    /// Somebody wants the state kept; the answer is the step, if one is left to make.
+    Checkpoint { answer: oneshot::Sender<Option<Step>> },
     /// The entries of the log from a place on.
     Read { from: u64, entries: oneshot::Sender<Vec<Entry>> },
     /// Something the committer learnt.
@@ -86,6 +89,8 @@ struct Host {
     committer: Committer,
     welcome: v1::Welcome,
     clock: Clock,
+    /// Who asked for a checkpoint and has not been told its step.
+    asked: Vec<oneshot::Sender<Option<Step>>>,
 }
 
 /// Serves a run on `listener` until it has ended and everybody has heard of it.
@@ -110,6 +115,7 @@ pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, Sta
         sessions: BTreeMap::new(),
         publisher,
         clock,
+        asked: Vec::new(),
         config: Arc::clone(&config),
     };
     info!(run = %config.run.run, term = %host.coordinator.term(), "coordinating");
@@ -188,6 +194,9 @@ impl Host {
                 batch.drain(..).filter_map(|input| self.event_of(input)).collect();
             events.push(Event::DeadlineReached);
             self.handle(events)?;
+            for answer in self.asked.drain(..) {
+                answer.send(self.coordinator.next_kept()).ok(); // Whoever asked may be gone.
+            }
             self.acknowledge();
             if published.elapsed() >= LIVENESS_INTERVAL {
                 self.publisher.liveness(&self.coordinator);
@@ -238,6 +247,10 @@ impl Host {
                 let event = checked.is_ok().then_some(Event::ResizeRequested { workers });
                 answer.send(checked.map_err(|error| error.to_string())).ok(); // As above.
                 event
+            }
+            Input::Checkpoint { answer } => {
+                self.asked.push(answer);
+                Some(Event::CheckpointRequested)
             }
             Input::Read { from, entries } => {
                 match self.log.read_from(from) {
@@ -302,6 +315,7 @@ impl Host {
                     fingerprint,
                     parts,
                     (part_bytes, sections),
+                    self.coordinator.ledger().evaluations.clone(),
                     self.clock.now(),
                 );
             }

@@ -154,6 +154,21 @@ impl ClusterService for Service {
         }
     }
 
+    async fn checkpoint(
+        &self,
+        request: Request<v1::CheckpointRequest>,
+    ) -> Result<Response<v1::CheckpointResponse>, Status> {
+        self.check_token(&request)?;
+        self.check_run(&request.into_inner().run)?;
+        let (answer, answered) = oneshot::channel();
+        self.hand_in(Input::Checkpoint { answer }).await?;
+        match answered.await {
+            Ok(Some(step)) => Ok(Response::new(v1::CheckpointResponse { step: step.0 })),
+            Ok(None) => Err(Status::failed_precondition("the run has no step left to keep")),
+            Err(_) => Err(ending()),
+        }
+    }
+
     async fn watch(
         &self,
         request: Request<v1::WatchRequest>,

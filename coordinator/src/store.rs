@@ -3,7 +3,11 @@
 //! **Invariant**: an append has been synced to disk when it returns, and entries are numbered from 1
 //! without gaps. The database holds a file lock, so two coordinators never share a log.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
 
 use cluster::{Record, Timestamp};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
@@ -37,6 +41,15 @@ pub enum LogError {
     InUse {
         /// The log.
         path: PathBuf,
+    },
+    /// There is no log, and none can be made.
+    #[error("event log {}: it cannot be made", path.display())]
+    Create {
+        /// The log.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
     },
     /// The database refuses.
     #[error("event log {}: cannot {doing}", path.display())]
@@ -78,6 +91,10 @@ impl EventLog {
     /// # Errors
     /// [`LogError`] if it is in use or not a log.
     pub fn open(path: &Path) -> Result<Self, LogError> {
+        if !path.exists() {
+            create_whole(path)
+                .map_err(|source| LogError::Create { path: path.to_owned(), source })?;
+        }
         Self::on(path, Database::create(path))
     }
 
@@ -168,6 +185,25 @@ impl EventLog {
     }
 }
 
+/// Makes an empty log under another name and links it to `path`, so that it is there as a whole or not at
+/// all: a database whose making was cut short is refused for ever.
+fn create_whole(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    let new = tempfile::Builder::new().prefix(".log.").suffix(".new").tempfile_in(folder)?;
+    let database = Database::create(new.path()).map_err(io::Error::other)?;
+    let log = EventLog { path: path.to_owned(), database, last: 0 };
+    log.write(&[]).map_err(io::Error::other)?; // With its table, and synced.
+    drop(log);
+    match std::fs::hard_link(new.path(), path) {
+        // Another coordinator was quicker; the lock decides between the two.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        linked => linked?,
+    }
+    new.close()?;
+    File::open(folder)?.sync_all() // The name is durable as well.
+}
+
 #[cfg(test)]
 mod crashes;
 
@@ -194,6 +230,23 @@ mod tests {
         assert_eq!(entries.len(), 1);
         assert_eq!((entries[0].sequence, entries[0].at), (2, Timestamp(8)));
         assert_eq!(entries[0].record, records[1]);
+    }
+
+    #[test]
+    fn a_log_is_made_as_a_whole_whatever_an_earlier_attempt_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.redb");
+        let log = EventLog::open(&path).unwrap();
+        drop(log);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        // An attempt that is killed leaves a torn file, under another name.
+        std::fs::write(folder.path().join(".log.torn.new"), &whole[..whole.len() / 2]).unwrap();
+        let mut log = EventLog::open(&path).unwrap();
+        log.append(Timestamp(1), &[Record::TermStarted { term: Term(1) }]).unwrap();
+        assert_eq!(log.last(), 1);
+        let names = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name());
+        assert_eq!(names.count(), 2, "nothing of the new attempt is left but the log");
     }
 
     #[test]

@@ -28,6 +28,7 @@ fn config(folder: &Path) -> Config {
             evaluate_every_epochs: 1,
             checkpoint_every_epochs: 1,
             checkpoint_every_steps: 0,
+            checkpoint_every: Duration::ZERO,
             workers_expected: 1,
             workers_min: 1,
             workers_max: 2,
@@ -37,7 +38,7 @@ fn config(folder: &Path) -> Config {
         token: "open sesame".to_owned(),
         log: folder.join("log.redb"),
         checkpoints: folder.join("checkpoints").display().to_string(),
-        keep: checkpoint::Retention { newest: 2, every_steps: 0 },
+        keep: checkpoint::Retention { newest: 2, every_steps: 0, best: true },
         software: "test".to_owned(),
     }
 }

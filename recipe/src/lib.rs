@@ -127,6 +127,7 @@ impl Recipe {
             evaluate_every_epochs: self.evaluate_every_epochs,
             checkpoint_every_epochs: self.checkpoint.every_epochs,
             checkpoint_every_steps: self.checkpoint.every_steps,
+            checkpoint_every: self.checkpoint.every,
             workers_expected: workers,
             workers_min: self.elastic.workers_min.min(workers),
             workers_max: self.elastic.workers_max.unwrap_or(self.virtual_ranks).max(workers),

@@ -280,17 +280,30 @@ pub struct Checkpoint {
     pub every_epochs: u64,
     /// Keep the state after every so many steps as well; 0 for never.
     pub every_steps: u64,
+    /// Keep the state when none has been kept for so long as well, such as `"10m"`; `"0s"` for never.
+    #[serde(with = "humantime_serde")]
+    pub every: Duration,
     /// Newest checkpoints that are not pruned; at least 2.
     pub keep: u32,
     /// Keep the checkpoints of every so many epochs for good as well; 0 for none.
     pub keep_every_epochs: u64,
+    /// Keep those that did best as well: of each exit, by the weights and by their average.
+    pub keep_best: bool,
     /// Size of a part, in MiB.
     pub part_mib: u32,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every_epochs: 1, every_steps: 0, keep: 3, keep_every_epochs: 0, part_mib: 32 }
+        Self {
+            every_epochs: 1,
+            every_steps: 0,
+            every: Duration::ZERO,
+            keep: 3,
+            keep_every_epochs: 0,
+            keep_best: true,
+            part_mib: 32,
+        }
     }
 }
 

@@ -118,6 +118,7 @@ impl Scenario {
             evaluate_every_epochs: 0,
             checkpoint_every_epochs: 0,
             checkpoint_every_steps: self.checkpoint_every,
+            checkpoint_every: Duration::ZERO,
             workers_expected: self.workers,
             workers_min: 1,
             workers_max: self.workers,

@@ -3,7 +3,7 @@
 mod ending;
 mod outbox;
 mod session;
-mod upload;
+pub(crate) mod upload;
 
 use std::{
     collections::BTreeMap,

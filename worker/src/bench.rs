@@ -5,6 +5,8 @@
 //! times of the whole process, so a busy machine disturbs them little; the first step, which finds its memory, is not
 //! counted.
 
+pub mod checkpoint;
+
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
@@ -187,7 +189,7 @@ fn measure(
     let warm_ups = if device.is_cuda() { 10 } else { 1 };
     for step in 0..options.steps + warm_ups {
         let draws = Draws { seed: 0, step, virtual_rank: 0 };
-        let inputs = made(options);
+        let inputs = made(options.batch, options.size, options.classes, device);
         libtorch::cuda::synchronize(device)?;
         let (wall, begun) = (Instant::now(), cpu_s());
         let forward = if options.graph {
@@ -223,10 +225,8 @@ fn measure(
 }
 
 /// A micro-batch of waves.
-fn made(options: &Options) -> Inputs {
-    let Options { batch, size, classes, device, .. } = *options;
-    let kind = (Kind::Float, device);
-    let images = Tensor::linspace(-2.0, 2.0, batch * 3 * size * size, kind).sin();
+fn made(batch: i64, size: i64, classes: i64, device: Device) -> Inputs {
+    let images = Tensor::linspace(-2.0, 2.0, batch * 3 * size * size, (Kind::Float, device)).sin();
     let labels = Tensor::arange(batch, (Kind::Int64, device)).remainder(classes);
     Inputs { images: images.view([batch, 3, size, size]), labels, targets: None }
 }

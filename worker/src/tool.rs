@@ -6,9 +6,13 @@ mod models;
 mod options;
 mod tensor_file;
 
-use std::{io::Write as _, path::Path};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use checkpoint::{Checkpoint, Manifest, Store};
 use clap::Subcommand;
 use cluster::Step;
@@ -33,6 +37,9 @@ pub enum Tool {
     /// Measure CPU time and memory of a training step, on made images.
     #[command(bin_name = "percheron bench step")]
     BenchStep(bench::Options),
+    /// Measure how long training waits for checkpoints, and what they cost beside it.
+    #[command(bin_name = "percheron bench checkpoint")]
+    BenchCheckpoint(bench::checkpoint::Options),
 }
 
 impl Tool {
@@ -41,7 +48,7 @@ impl Tool {
     pub fn threads(&self) -> usize {
         match self {
             Self::BenchStep(options) => options.threads,
-            Self::Import(_) | Self::Export(_) | Self::Model(_) => 1,
+            Self::Import(_) | Self::Export(_) | Self::Model(_) | Self::BenchCheckpoint(_) => 1,
         }
     }
 
@@ -59,13 +66,21 @@ impl Tool {
                 say(&if options.json { report.json() } else { report.to_string() });
                 Ok(())
             }
+            Self::BenchCheckpoint(options) => {
+                // It has a runtime of its own, as a worker has.
+                let is_json = options.json;
+                let bench = move || bench::checkpoint::run(&options);
+                let report = tokio::task::spawn_blocking(bench).await??;
+                say(&if is_json { report.json() } else { report.text() });
+                Ok(())
+            }
         }
     }
 }
 
 /// A line on the standard output, for people and scripts.
 fn say(line: &str) {
-    writeln!(std::io::stdout().lock(), "{line}").ok(); // The reader may be gone.
+    writeln!(io::stdout().lock(), "{line}").ok(); // The reader may be gone.
 }
 
 /// Memory for the state of a recipe's network.
@@ -82,9 +97,26 @@ struct Checkpointed {
     state: TrainState,
 }
 
+/// Where the checkpoints of a run are: in its folder, unless its `run.toml` names another place.
+fn location_of(folder: &Path) -> Result<String> {
+    let location = folder.to_str().context("--checkpoint: the path is not UTF-8")?;
+    let run = folder.join("run.toml");
+    let text = match fs::read_to_string(&run) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(location.to_owned()),
+        Err(error) => return Err(error).with_context(|| format!("{}", run.display())),
+    };
+    let run_file: toml::Table = text.parse().with_context(|| format!("{}", run.display()))?;
+    match run_file.get("checkpoints") {
+        None => Ok(location.to_owned()),
+        Some(toml::Value::String(elsewhere)) => Ok(elsewhere.clone()),
+        Some(other) => bail!("{}: checkpoints = {other} is no location", run.display()),
+    }
+}
+
 /// Reads the newest checkpoint below a folder, or that of `step`.
 async fn read_checkpoint(folder: &Path, step: Option<Step>) -> Result<Checkpointed> {
-    let location = folder.to_str().context("--checkpoint: the path is not UTF-8")?;
+    let location = &location_of(folder)?;
     let store = Store::open(location).context("--checkpoint")?;
     let step = match step {
         Some(step) => step,

@@ -6,6 +6,7 @@ pub(crate) mod checkpoints;
 mod device_step;
 mod eval;
 mod forming;
+pub(crate) mod memory;
 mod state;
 mod step;
 mod steps;
@@ -28,12 +29,17 @@ use collective::{AbortHandle, Exchange, ExchangeError, FormError, Mesh, MeshConf
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
-use self::{
-    checkpoints::share, eval::Evaluator, forming::Origin, step::Surroundings, steps::Steps,
-};
 pub use self::{
     checkpoints::{RestoreError, ShareBytes},
     state::{SECTIONS, TrainState},
+};
+use self::{
+    checkpoints::{share, share_bytes},
+    eval::Evaluator,
+    forming::Origin,
+    memory::ShareMemory,
+    step::Surroundings,
+    steps::Steps,
 };
 use crate::{
     device,
@@ -306,6 +312,7 @@ impl Trainer {
             setup,
             listener,
             layout,
+            memory: ShareMemory::default(),
             state,
             begun: Step(0),
             stopped_at: None,
@@ -323,6 +330,7 @@ struct Training {
     setup: Setup,
     listener: MeshListener,
     layout: checkpoint::Layout,
+    memory: ShareMemory,
     state: TrainState,
     steps: Steps,
     evaluator: Evaluator,
@@ -343,6 +351,7 @@ impl Training {
         let mut peers = self.connect(host, formation)?;
         let digest = self.agree(host, group, &mut peers)?;
         self.say_formed(host, generation, digest);
+        self.memory.prepare(share_bytes(&self.layout, *rank, peers.size()));
 
         let blocks: Vec<_> = group.members.iter().map(|member| member.block.clone()).collect();
         self.steps.regroup(&blocks, *rank);
@@ -357,7 +366,7 @@ impl Training {
             let step = self.step();
             let is_last = step == self.setup.plan.steps_total;
             if host.keep.take(step) || is_last {
-                self.save_share(host, generation, *rank, peers.size());
+                self.save_share(host, generation, (*rank, peers.size()));
             }
             if leave {
                 host.say(Notice::LeftTogether { generation });
@@ -472,9 +481,16 @@ impl Training {
         self.evaluator.evaluate(&self.state, &self.setup, orders, &host.progress, peers)
     }
 
-    fn save_share(&self, host: &Trainer, generation: Generation, rank: Rank, size: u32) {
+    /// Copies this worker's share and hands it over; the store is the agent's affair.
+    fn save_share(&self, host: &Trainer, generation: Generation, place: (Rank, u32)) {
         host.progress.enter(StepPhase::Checkpoint);
-        let share = share(&self.state, self.layout.clone(), rank, size);
+        let step = self.step();
+        let is_last = step == self.setup.plan.steps_total;
+        let Some(share) = share(&self.state, &self.layout, place, &self.memory, is_last) else {
+            let reason = "the checkpoints before are still on their way to the store".to_owned();
+            warn!(%generation, step = step.0, %reason, "checkpoint left out");
+            return host.say(Notice::ShareSaved { generation, step, outcome: Err(reason) });
+        };
         drop(host.told.send(Told::Share { generation, share })); // As in `say`.
     }
 

@@ -4,6 +4,7 @@
 //! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod checkpoint;
 mod clothing;
 mod data;
 mod figures;
@@ -29,6 +30,8 @@ pub(crate) enum Benchmark {
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
     Histories(histories::Arguments),
+    /// How long training waits for checkpoints, and what they cost beside it.
+    Checkpoint(checkpoint::Arguments),
     /// Pack photographs of clothing and train on them with the whole recipe.
     Clothing(clothing::Arguments),
     /// Time a training step, in turns with other builds of the worker or with PyTorch.
@@ -60,6 +63,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
+        Benchmark::Checkpoint(arguments) => checkpoint::run(workspace, arguments),
         Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
         Benchmark::StepAgainst(arguments) => step_against::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),

@@ -3,7 +3,8 @@
 use std::{fs, sync::Arc};
 
 use checkpoint::{
-    Checkpoint, CommitError, Committed, Created, Store, commit, create, manifest_name,
+    Checkpoint, CommitError, Committed, Created, Store, commit, committed_steps, create,
+    manifest_name,
 };
 use cluster::{Generation, Step, Term, Timestamp};
 use object_store::path::Path;
@@ -80,13 +81,31 @@ async fn a_manifest_that_does_not_fit_is_not_written() {
 }
 
 #[tokio::test]
-async fn garbage_in_the_manifests_place_is_reported_and_left() {
+async fn garbage_in_the_manifests_place_is_healed_by_saving_again_and_kept_beside() {
     let store = folder();
     let parts = save(&store.store, STEP, 2).await;
     fs::write(store.file(&manifest_name(STEP)), "garbage").unwrap();
+    fs::write(store.part(STEP, 3), "garbage too").unwrap();
+    assert_eq!(save(&store.store, STEP, 3).await, parts, "a part is no committed one");
+    let whole = manifest(STEP, parts, "n");
+    assert_eq!(commit(&store.store, &whole).await.unwrap(), Committed::Now);
+    let checkpoint = Checkpoint::open(&store.store, STEP).await.unwrap();
+    assert_eq!(*checkpoint.manifest(), whole);
+    checkpoint.verify().await.unwrap();
+    let beside = store.file(&format!("{}.damaged", manifest_name(STEP)));
+    assert_eq!(fs::read(beside).unwrap(), b"garbage");
+    assert_eq!(committed_steps(&store.store).await.unwrap(), [STEP]);
+}
+
+#[tokio::test]
+async fn a_manifest_of_another_version_is_reported_and_left() {
+    let store = folder();
+    let parts = save(&store.store, STEP, 2).await;
+    let newer = b"{\"format\": 2, \"contents\": []}";
+    fs::write(store.file(&manifest_name(STEP)), newer).unwrap();
     let error = commit(&store.store, &manifest(STEP, parts, "n")).await.unwrap_err();
-    assert!(matches!(error, CommitError::Damaged { .. }));
-    assert_eq!(fs::read(store.file(&manifest_name(STEP))).unwrap(), b"garbage");
+    assert!(matches!(error, CommitError::Damaged { .. }), "{error}");
+    assert_eq!(fs::read(store.file(&manifest_name(STEP))).unwrap(), newer);
 }
 
 #[tokio::test]

@@ -159,8 +159,8 @@ async fn live(
         }
         commit(store, &manifest(step, parts, &format!("{step} by {ranks}"))).await?;
         known.push(step.0);
-        let retention = Retention { newest: 2, every_steps: 0 };
-        for old in retention.prunable(&committed_steps(store).await?) {
+        let retention = Retention { newest: 2, every_steps: 0, best: false };
+        for old in retention.prunable(&committed_steps(store).await?, &[]) {
             prune(store, old).await?;
         }
     }

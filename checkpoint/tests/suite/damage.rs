@@ -4,7 +4,7 @@ use std::fs;
 
 use bytes::Bytes;
 use checkpoint::{
-    Checkpoint, Committed, Fault, SaveError, Store, commit, committed_steps, manifest_name,
+    Checkpoint, Committed, Fault, SaveError, Store, commit, committed_steps, copy, manifest_name,
     newest_intact, prune, quarantine, quarantine_name, quarantined_steps, save_part,
     unfinished_steps,
 };
@@ -207,4 +207,22 @@ async fn a_pruned_checkpoint_leaves_nothing_behind() {
     assert!(!folder.file("checkpoints/step-0000000020").exists());
     let reopened = Store::open(folder.store.location()).unwrap();
     assert_eq!(committed_steps(&reopened).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_copy_is_a_checkpoint_and_damage_is_not_copied() {
+    let (here, there) = (folder(), folder());
+    checkpoints(&here.store, &[10, 20]).await;
+    assert_eq!(copy(&here.store, &there.store, Step(20)).await.unwrap(), Committed::Now);
+    assert_eq!(committed_steps(&there.store).await.unwrap(), [Step(20)]);
+    let original = Checkpoint::open(&here.store, Step(20)).await.unwrap();
+    let copied = Checkpoint::open(&there.store, Step(20)).await.unwrap();
+    assert_eq!(copied.manifest(), original.manifest());
+    copied.verify().await.unwrap();
+    copy(&here.store, &there.store, Step(20)).await.unwrap(); // Again.
+
+    fs::write(here.part(Step(10), 1), vec![7; 1000]).unwrap();
+    let error = copy(&here.store, &there.store, Step(10)).await.unwrap_err().to_string();
+    assert!(error.contains("part-00001 has the BLAKE3 digest"), "{error}");
+    assert_eq!(committed_steps(&there.store).await.unwrap(), [Step(20)]);
 }

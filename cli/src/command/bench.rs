@@ -17,12 +17,22 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::{command::worker, print};
 
+mod crashes;
+
 /// `percheron bench …`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// CPU time and memory of a training step: `percheron bench step --model NAME`.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Step(worker::Arguments),
+    /// How long training waits for checkpoints, and what they cost beside it.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Checkpoint(worker::Arguments),
+    /// Kill processes while they keep checkpoints and write the log, and see whether anything is lost.
+    Crashes(crashes::Arguments),
+    /// The life of such a process.
+    #[command(hide = true)]
+    CrashingLife(crashes::Life),
     /// How many training images a core prepares in a second: decode, crop, resize, flip, normalise.
     Data(Data),
     /// What reading a sample costs: finding it, reading it and checking it, without decoding.
@@ -82,6 +92,11 @@ struct Figures {
 pub(crate) fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Step(arguments) => return worker::run_tool("bench-step", arguments),
+        Command::Checkpoint(arguments) => {
+            return worker::run_tool("bench-checkpoint", arguments);
+        }
+        Command::Crashes(arguments) => crashes::run(&arguments)?,
+        Command::CrashingLife(life) => crashes::live(&life)?,
         Command::Data(data) => run_data(&data)?,
         Command::Reader(reader) => run_reader(&reader)?,
     }

@@ -8,7 +8,7 @@ use checkpoint::{
     unfinished_steps,
 };
 use clap::{Args, Subcommand};
-use cluster::Step;
+use cluster::{Evaluation, Ledger, Step};
 use recipe::Recipe;
 use serde::Serialize;
 use shards::Dataset;
@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Verify(Folder),
     /// Delete what the recipe's [checkpoint] section does not keep, and what cut short saves left.
     Prune(Prune),
+    /// Copy a checkpoint to another folder or bucket, checking every byte.
+    Copy(Copy),
     /// Delete one checkpoint; two intact ones always stay.
     Rm(Remove),
 }
@@ -66,6 +68,18 @@ pub(crate) struct Remove {
     step: u64,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Copy {
+    #[command(flatten)]
+    folder: Folder,
+    /// Where to: a folder, or s3://BUCKET/PREFIX.
+    #[arg(value_name = "LOCATION")]
+    to: String,
+    /// The step of the checkpoint; the newest without it.
+    #[arg(long)]
+    step: Option<u64>,
+}
+
 /// A line of the list.
 #[derive(Debug, Serialize)]
 struct Line {
@@ -84,7 +98,13 @@ pub(crate) async fn run(command: Command) -> Result<ExitCode> {
         Command::Verify(folder) => verify(&folder.open()?.1).await,
         Command::Prune(Prune { folder, dry_run }) => {
             let (recipe, store) = folder.open()?;
-            delete_unneeded(&recipe, &store, dry_run).await
+            let history = history::read(&RunDir::at(&folder.run_dir)?, 1).await?;
+            let mut ledger = Ledger::default();
+            history.entries.iter().for_each(|entry| ledger.apply(&entry.record));
+            delete_unneeded(&recipe, &store, &ledger.evaluations, dry_run).await
+        }
+        Command::Copy(Copy { folder, to, step }) => {
+            copy_to(&folder.open()?.1, &to, step.map(Step)).await
         }
         Command::Rm(Remove { folder, step }) => remove(&folder.open()?.1, Step(step)).await,
     }
@@ -101,7 +121,8 @@ impl Folder {
 /// What a recipe keeps.
 pub(super) fn retention(recipe: &Recipe, steps_per_epoch: u64) -> Retention {
     let every_steps = recipe.checkpoint.keep_every_epochs.saturating_mul(steps_per_epoch);
-    Retention { newest: recipe.checkpoint.keep as usize, every_steps }
+    let recipe::Checkpoint { keep, keep_best: best, .. } = recipe.checkpoint;
+    Retention { newest: keep as usize, every_steps, best }
 }
 
 async fn list(store: &Store, json: bool) -> Result<ExitCode> {
@@ -198,12 +219,17 @@ async fn intact_steps(store: &Store) -> Result<Vec<Step>> {
     Ok(intact)
 }
 
-async fn delete_unneeded(recipe: &Recipe, store: &Store, dry_run: bool) -> Result<ExitCode> {
+async fn delete_unneeded(
+    recipe: &Recipe,
+    store: &Store,
+    evaluations: &[Evaluation],
+    dry_run: bool,
+) -> Result<ExitCode> {
     let samples = Dataset::open(&recipe.data.location, &recipe.data.train)
         .context("key \"data.train\"")?
         .len();
     let keep = retention(recipe, recipe.steps_per_epoch(samples));
-    let unneeded = keep.prunable(&intact_steps(store).await?);
+    let unneeded = keep.prunable(&intact_steps(store).await?, evaluations);
     let unneeded = unneeded.into_iter().map(|step| (step, "its checkpoint is not kept"));
     let unfinished = unfinished_steps(store).await?;
     let unfinished = unfinished.into_iter().map(|step| (step, "its save was cut short"));
@@ -216,6 +242,21 @@ async fn delete_unneeded(recipe: &Recipe, store: &Store, dry_run: bool) -> Resul
         print::out(&format!("step {step} {verb}: {why}"));
     }
     print::out(&format!("{} in all", unneeded.len()));
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn copy_to(store: &Store, location: &str, step: Option<Step>) -> Result<ExitCode> {
+    let step = match step {
+        Some(step) => step,
+        None => {
+            let newest = committed_steps(store).await?.first().copied();
+            newest.with_context(|| format!("{} holds no checkpoint", store.location()))?
+        }
+    };
+    let to = Store::create(location)?;
+    to.check_contract().await?;
+    checkpoint::copy(store, &to, step).await?;
+    print::out(&format!("the checkpoint of step {step} is copied to {}", to.location()));
     Ok(ExitCode::SUCCESS)
 }
 

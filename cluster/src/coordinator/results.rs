@@ -49,11 +49,46 @@ impl Coordinator {
     }
 
     pub(super) fn next_checkpoint(&self, from: Step) -> Option<Step> {
-        let mut step = self.config.next_checkpoint(from)?;
-        while self.ledger.checkpoints.binary_search(&step).is_ok() {
-            step = self.config.next_checkpoint(step.next())?;
+        let is_kept = |step: &Step| self.ledger.checkpoints.binary_search(step).is_ok();
+        let mut planned = self.config.next_checkpoint(from);
+        while let Some(step) = planned.filter(is_kept) {
+            planned = self.config.next_checkpoint(step.next());
         }
-        Some(step)
+        let also = self.keep_also.filter(|step| *step >= from && !is_kept(step));
+        planned.into_iter().chain(also).min()
+    }
+
+    /// Names a step soon to come as one to keep, unless one is named already that comes as soon.
+    pub(super) fn keep_soon(&mut self) {
+        if self.ledger.outcome.is_some() {
+            return;
+        }
+        let canonical = self.ledger.canonical;
+        let soon =
+            Step(canonical.0.saturating_add(self.steps_ahead())).min(self.config.steps_total);
+        let is_named = self.checkpoint_at.is_some_and(|at| at > canonical && at <= soon);
+        if !is_named && soon > canonical {
+            self.keep_also = Some(soon);
+            self.rename_checkpoint(canonical.next());
+        }
+    }
+
+    /// Steps that the members may make until all of them have heard of an order: those that are not
+    /// reported yet, and those of a heartbeat.
+    fn steps_ahead(&self) -> u64 {
+        let heartbeat = self.config.timeouts.heartbeat.as_millis();
+        let made = self.step_time.map_or(0, |step| heartbeat / step.as_millis().max(1));
+        u64::try_from(made).unwrap_or(u64::MAX).saturating_add(2)
+    }
+
+    /// Keeps the state if none has been kept for as long as the plan allows.
+    pub(super) fn keep_in_time(&mut self, now: Timestamp) {
+        let every = self.config.checkpoint_every;
+        let is_time = !every.is_zero() && now.since(self.unkept_since) >= every;
+        if is_time && matches!(self.phase, Phase::Training { .. }) {
+            self.unkept_since = now;
+            self.keep_soon();
+        }
     }
 
     pub(super) fn share_written(&mut self, generation: Generation, share: Share) {
@@ -97,6 +132,7 @@ impl Coordinator {
             return;
         }
         self.record(Record::CheckpointCommitted { step });
+        self.unkept_since = now;
         self.saving.remove(&step);
         self.abandon(|older, _| older < step, "a newer one was complete first");
         self.finish_if_complete(now);

@@ -25,7 +25,7 @@ fn reports() -> impl Strategy<Value = Report> {
 
 fn events() -> impl Strategy<Value = Event> {
     let worker = (0xAu64..0xE).prop_map(WorkerId);
-    (0..17u32, worker, reports(), 0u64..101).prop_map(|(kind, worker, report, step)| match kind {
+    (0..18u32, worker, reports(), 0u64..101).prop_map(|(kind, worker, report, step)| match kind {
         0 | 1 => Event::WorkerJoined { worker, hello: hello(worker) },
         2 => Event::SessionClosed { worker },
         3 => Event::ProcessExited { worker, how: "signal 9".to_owned() },
@@ -33,6 +33,7 @@ fn events() -> impl Strategy<Value = Event> {
         5 => Event::CheckpointCommitted { step: Step(step) },
         6 => Event::DeadlineReached,
         7 => Event::ResizeRequested { workers: u32::try_from(step % 10).expect("it is small") },
+        8 => Event::CheckpointRequested,
         _ => Event::Reported { worker, report },
     })
 }

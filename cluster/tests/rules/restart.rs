@@ -12,6 +12,19 @@ fn each_start_is_a_term_of_its_own() {
 }
 
 #[test]
+fn generations_are_counted_on_after_a_restart() {
+    let mut table = Table::training(&[A, B]);
+    table.exit(B);
+    table.form(A, 0);
+    assert_eq!(table.generation(), Generation(2));
+    let mut table = table.restart();
+    assert_eq!(table.generation(), Generation(2));
+    table.exit(A);
+    table.join(C);
+    assert_eq!(table.generation(), Generation(3), "no number is ever used again");
+}
+
+#[test]
 fn members_that_come_back_go_on_and_those_that_stay_away_are_lost() {
     let mut table = Table::training(&[A, B]);
     table.apply(9);

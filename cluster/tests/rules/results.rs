@@ -1,8 +1,10 @@
 //! Steps, checkpoints, and the end.
 
+use std::time::Duration;
+
 use cluster::{
-    Command, Event, Generation, Ledger, Order, Outcome, Phase, Record, Report, Step, Timestamp,
-    WorkerId,
+    Command, Event, Generation, Ledger, Order, Outcome, Phase, Record, Report, RunConfig, Step,
+    Timestamp, WorkerId,
 };
 
 use crate::table::*;
@@ -67,6 +69,81 @@ fn the_next_checkpoint_is_announced_when_one_is_reached() {
     let commands = table.apply(40);
     let order = Order::CheckpointAt { generation: Generation(1), step: Step(80) };
     assert_eq!(said_to(&commands, B), [order]);
+}
+
+#[test]
+fn members_whose_uploads_fail_hold_up_nobody_and_the_next_checkpoint_counts() {
+    let mut table = Table::training(&[A, B, C, D]);
+    table.apply(40);
+    table.say(A, share(Generation(1), 40, &[0]));
+    let mut commands = Vec::new();
+    for worker in [B, C] {
+        let (step, reason) = (Step(40), "503 SlowDown".to_owned());
+        let failed = Report::ShareFailed { generation: Generation(1), step, reason };
+        commands.extend(table.say(worker, failed));
+    }
+    commands.extend(table.say(D, share(Generation(1), 40, &[3])));
+    let told: Vec<_> = [A, B, C, D].iter().flat_map(|&who| said_to(&commands, who)).collect();
+    assert_eq!(told, [], "nobody waits, and nobody is stopped");
+    table.is_training();
+    assert!(kept(&table).is_empty());
+
+    table.apply(80);
+    for (worker, part) in [A, B, C, D].into_iter().zip(0..) {
+        table.say(worker, share(Generation(1), 80, &[part]));
+    }
+    table.handle(Event::CheckpointCommitted { step: Step(80) });
+    assert_eq!(kept(&table), [80]);
+}
+
+#[test]
+fn a_checkpoint_on_demand_is_a_step_soon_to_come_and_the_plan_goes_on_after_it() {
+    let mut table = Table::training(&[A, B]);
+    table.apply(10);
+    let commands = table.handle(Event::CheckpointRequested);
+    let named = table.coordinator.next_kept().expect("steps are left");
+    assert!(named > Step(11) && named < Step(40), "all members hear of step {named} in time");
+    let order = Order::CheckpointAt { generation: Generation(1), step: named };
+    assert_eq!((said_to(&commands, A), said_to(&commands, B)), (vec![order.clone()], vec![order]));
+    assert_eq!(table.handle(Event::CheckpointRequested), [], "it is named once");
+
+    let commands = table.apply(named.0);
+    let planned = Order::CheckpointAt { generation: Generation(1), step: Step(40) };
+    assert_eq!(said_to(&commands, A), [planned]);
+    assert_eq!(commits(&table.say(A, share(Generation(1), named.0, &[0, 1, 2, 3]))), [named]);
+}
+
+#[test]
+fn a_checkpoint_on_demand_is_never_after_the_last_step() {
+    let mut table = Table::training(&[A]);
+    table.apply(99);
+    table.handle(Event::CheckpointRequested);
+    assert_eq!(table.coordinator.next_kept(), Some(Step(100)));
+    table.apply(100);
+    assert_eq!(table.handle(Event::CheckpointRequested), []);
+    assert_eq!(table.coordinator.next_kept(), None);
+}
+
+#[test]
+fn the_state_is_kept_when_none_has_been_for_as_long_as_the_plan_allows() {
+    let plan = RunConfig { checkpoint_every: Duration::from_secs(60), ..config(1) };
+    let mut table = Table::training_under(plan, &[A]);
+    table.apply(10);
+    assert_eq!(table.coordinator.next_kept(), Some(Step(40)), "as planned by steps");
+    table.pass_ms(61_000, &[A]);
+    table.apply(11);
+    let named = table.coordinator.next_kept().expect("steps are left");
+    assert!(named < Step(40), "{named}");
+    table.apply(named.0);
+    table.say(A, share(Generation(1), named.0, &[0, 1, 2, 3]));
+    table.handle(Event::CheckpointCommitted { step: named });
+    table.pass_ms(50_000, &[A]);
+    table.apply(named.0 + 1);
+    assert_eq!(
+        table.coordinator.next_kept(),
+        Some(Step(40)),
+        "it counts from the last that was kept"
+    );
 }
 
 #[test]

@@ -23,6 +23,7 @@ pub(crate) fn config(workers: u32) -> RunConfig {
         evaluate_every_epochs: 1,
         checkpoint_every_epochs: 2,
         checkpoint_every_steps: 0,
+        checkpoint_every: Duration::ZERO,
         workers_expected: workers,
         workers_min: 1,
         workers_max: 8,

@@ -90,6 +90,7 @@ impl Plan {
             evaluate_every_epochs: 1,
             checkpoint_every_epochs: chance.between(1..=2),
             checkpoint_every_steps: chance.pick(&[0, 3, 7]).expect("there are three"),
+            checkpoint_every: Duration::from_secs(chance.pick(&[0, 0, 5]).expect("as above")),
             workers_expected: narrow(expected),
             workers_min: narrow(chance.between(1..=expected.min(2))),
             workers_max: narrow(chance.between(expected..=virtual_ranks)),

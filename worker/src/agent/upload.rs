@@ -8,7 +8,7 @@ use tracing::warn;
 use crate::train::{ShareBytes, chain};
 
 /// Puts a share into the store.
-pub(super) async fn upload(store: Store, generation: Generation, share: ShareBytes) -> Notice {
+pub(crate) async fn upload(store: Store, generation: Generation, share: ShareBytes) -> Notice {
     let ShareBytes { step, layout, parts } = share;
     let mut written = Vec::with_capacity(parts.len());
     for (index, bytes) in parts {

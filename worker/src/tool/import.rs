@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::{empty_state, options, say, tensor_file};
 use crate::{
-    train::{TrainState, checkpoints, wall_clock},
+    train::{TrainState, checkpoints, memory::ShareMemory, wall_clock},
     weights::{self, Misfit, Which},
 };
 
@@ -200,7 +200,9 @@ async fn save(state: &TrainState, sha256: &str, recipe: &Recipe, out: &Path) -> 
     let location = out.to_str().context("--out: the path is not UTF-8")?;
     let store = Store::create(location).context("--out")?;
     let layout = state.checkpoint_layout(u64::from(recipe.checkpoint.part_mib) << 20)?;
-    let share = checkpoints::share(state, layout.clone(), Rank(0), 1);
+    let (memory, alone) = (ShareMemory::default(), (Rank(0), 1));
+    let share = checkpoints::share(state, &layout, alone, &memory, true);
+    let share = share.expect("what is indispensable is always copied");
     let mut parts = Vec::new();
     for (index, bytes) in share.parts {
         parts.push(checkpoint::save_part(&store, &layout, share.step, index, bytes).await?);

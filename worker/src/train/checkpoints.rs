@@ -7,7 +7,10 @@ use checkpoint::{Checkpoint, Layout, LoadError, Retries, Store, StoreError, quar
 use cluster::{Rank, Step};
 use tracing::warn;
 
-use super::state::{TrainState, section_index};
+use super::{
+    memory::ShareMemory,
+    state::{TrainState, section_index},
+};
 
 /// This worker's share of a checkpoint, copied out of the state.
 #[derive(Debug)]
@@ -47,21 +50,45 @@ pub enum RestoreError {
     },
 }
 
-/// Copies what `rank` of `size` saves of the state.
-pub(crate) fn share(state: &TrainState, layout: Layout, rank: Rank, size: u32) -> ShareBytes {
+/// The size of what `rank` of `size` saves.
+pub(crate) fn share_bytes(layout: &Layout, rank: Rank, size: u32) -> usize {
+    length(&share_range(layout, rank, size))
+}
+
+/// The bytes of the state that `rank` of `size` saves: its parts follow each other.
+fn share_range(layout: &Layout, rank: Rank, size: u32) -> Range<u64> {
+    let parts = layout.share(rank, size);
+    if parts.is_empty() {
+        return 0..0;
+    }
+    layout.part_range(parts.start).start..layout.part_range(parts.end - 1).end
+}
+
+/// Copies what `rank` of `size` saves of the state; training waits for this and for nothing else of a
+/// checkpoint. Nothing is copied if too many shares are in memory, unless this one is `indispensable`.
+pub(crate) fn share(
+    state: &TrainState,
+    layout: &Layout,
+    (rank, size): (Rank, u32),
+    memory: &ShareMemory,
+    indispensable: bool,
+) -> Option<ShareBytes> {
     let step = state.step().expect("only a state that was agreed on is saved");
     let sections = state.sections();
+    let range = share_range(layout, rank, size);
+    let mut bytes = memory.take(length(&range), indispensable)?;
+    for piece in layout.pieces(range.clone()) {
+        let section = section_index(piece.section).expect("the layout is of this state");
+        bytes.extend_from_slice(&sections[section][indices(&piece.range)]);
+    }
+    let bytes = memory.lend(bytes);
     let part = |index: u32| {
-        let range = layout.part_range(index);
-        let mut bytes = Vec::with_capacity(length(&range));
-        for piece in layout.pieces(range) {
-            let section = section_index(piece.section).expect("the layout is of this state");
-            bytes.extend_from_slice(&sections[section][indices(&piece.range)]);
-        }
-        (index, Bytes::from(bytes))
+        let part = layout.part_range(index);
+        let part = part.start - range.start..part.end - range.start;
+        (index, bytes.slice(indices(&part)))
     };
     let parts = layout.share(rank, size).map(part).collect();
-    ShareBytes { step, layout, parts }
+    Some(ShareBytes { step, layout: layout.clone(), parts })
 }
 
 /// Overwrites the state with a checkpoint. On error there is no usable state.

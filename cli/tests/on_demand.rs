@@ -1,0 +1,47 @@
+//! `percheron checkpoint`: the state of a run that is on, kept because somebody asks.
+#![expect(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
+mod short_run;
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
+
+use short_run::{command, text};
+
+/// Enough for the questions of the test.
+const STEPS: &str = "max_steps=60";
+
+#[test]
+fn the_state_is_kept_when_somebody_asks_and_an_ended_run_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let run_dir = folder.path().join("run");
+    let percheron = |arguments: &[&str]| {
+        let mut percheron = Command::new(env!("CARGO_BIN_EXE_percheron"));
+        percheron.args(arguments).arg(&run_dir).output().unwrap()
+    };
+    let mut up = command(&run_dir, 2);
+    up.args(["--set", STEPS, "--set", "checkpoint.every_steps=0"]); // Only the last is kept by itself.
+    let mut up = up.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(up.stderr.take().unwrap()).lines().map(Result::unwrap);
+    lines.find(|line| line.contains("from step 0")).expect("it trains");
+    let reading = std::thread::spawn(move || lines.count());
+
+    let asked = percheron(&["checkpoint"]);
+    assert!(asked.status.success(), "{}", text(&asked.stderr));
+    let said = text(&asked.stdout);
+    let step = said.strip_prefix("the state after step ").expect(&said);
+    let step = step.strip_suffix(" is kept\n").expect(&said);
+    assert!(step.parse::<u64>().unwrap() < 60, "it is not the last: {said}");
+    let listed = text(&percheron(&["checkpoints", "list"]).stdout);
+    assert!(listed.contains(&format!("step {step}: committed")), "{said}{listed}");
+    let verified = percheron(&["checkpoints", "verify"]);
+    assert!(verified.status.success(), "{}", text(&verified.stderr));
+
+    assert!(up.wait().unwrap().success());
+    reading.join().unwrap();
+    let refused = percheron(&["checkpoint"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("coordinator"), "{}", text(&refused.stderr));
+}
