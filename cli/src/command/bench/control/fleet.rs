@@ -300,8 +300,14 @@ async fn live(opened: Opened, board: Arc<Board>, mut ends: oneshot::Receiver<()>
             }
             Some(Told::Refuse(refuse)) => bail!("worker {worker} was refused: {}", refuse.reason),
             Some(Told::Fail(fail)) => bail!("worker {worker}: the run failed: {}", fail.reason),
-            Some(Told::CheckpointAt(_) | Told::Hold(_) | Told::Finish(_) | Told::Ack(_)) | None => {
-            }
+            Some(
+                Told::CheckpointAt(_)
+                | Told::Hold(_)
+                | Told::Finish(_)
+                | Told::Ack(_)
+                | Told::Roster(_),
+            )
+            | None => {}
         }
     }
 }
