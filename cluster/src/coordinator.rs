@@ -193,7 +193,7 @@ impl Coordinator {
         let phase = match &self.phase {
             Phase::Gathering { since } => {
                 // With fewer workers than that, nothing happens at any time.
-                let enough = self.next_members(false).len() >= self.config.workers_min as usize;
+                let enough = self.available() >= self.config.workers_min as usize;
                 enough.then(|| *since + self.config.timeouts.gather)
             }
             Phase::Forming { deadline, .. } => *deadline,

@@ -4,9 +4,16 @@
 //! What a place means is agreed by the order of messages in a session: first come the members of the
 //! group that it was told last, then those that [`v1::Roster`]s have brought since.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    ops::Range,
+    sync::Arc,
+};
 
 use cluster::{Generation, Group, Member, Order, WorkerId};
+use flate2::{Compression, read::DeflateDecoder, write::DeflateEncoder};
+use prost::Message as _;
 
 use crate::{
     Malformed,
@@ -16,8 +23,10 @@ use crate::{
 
 /// Groups of up to so many members are told whole.
 const WHOLE_MAX: usize = 64;
-/// Members in a roster: about 10 KB, so that a session never waits for a large message.
+/// Members in a roster: a few KB, so that no session holds a large message.
 const PAGE: usize = 256;
+/// A roster that is longer, unpacked, is none of ours.
+const ROSTER_BYTES_MAX: u64 = 1 << 20;
 
 /// What a session has been told: the newest group and its members. It begins with nothing.
 #[derive(Debug, Clone, Default)]
@@ -109,10 +118,26 @@ fn to_wire(before: &Told, group: &Group, secret: [u8; 32]) -> (Vec<v1::Roster>, 
             Some(_) | None => runs.push(v1::Places { start: place, count: 1 }),
         }
     }
-    let rosters = new.chunks(PAGE).map(|page| v1::Roster { members: page.to_vec() }).collect();
+    let rosters = new.chunks(PAGE).map(roster_of).collect();
     let nobody = Group { members: Arc::new([]), ..group.clone() };
     let change = Some(v1::Change { members: runs, blocks, base: before.generation().0 });
     (rosters, v1::Group { change, ..group_to_wire(&nobody, secret) })
+}
+
+fn roster_of(page: &[v1::Member]) -> v1::Roster {
+    let plain = v1::Members { members: page.to_vec() }.encode_to_vec();
+    let mut deflated = DeflateEncoder::new(Vec::new(), Compression::default());
+    deflated.write_all(&plain).expect("memory takes all that is written");
+    v1::Roster { members: deflated.finish().expect("memory takes all that is written").into() }
+}
+
+fn roster_members(roster: &v1::Roster) -> Result<v1::Members, Malformed> {
+    let wrong = |problem| Malformed { message: "Roster", field: "members", problem };
+    let mut plain = Vec::new();
+    let read =
+        DeflateDecoder::new(&roster.members[..]).take(ROSTER_BYTES_MAX).read_to_end(&mut plain);
+    read.map_err(|_| wrong("is not deflated"))?;
+    v1::Members::decode(&plain[..]).map_err(|_| wrong("does not hold members, or too many"))
 }
 
 /// Its block comes with the group.
@@ -161,7 +186,7 @@ impl Listener {
     pub fn order(&mut self, response: &v1::SessionResponse) -> Result<Option<Order>, Malformed> {
         match &response.kind {
             Some(Kind::Roster(roster)) => {
-                self.known.extend(roster.members.iter().map(member_of));
+                self.known.extend(roster_members(roster)?.members.into_iter().map(member_of));
                 Ok(None)
             }
             Some(Kind::Form(group)) => {
@@ -218,17 +243,15 @@ impl Listener {
     }
 }
 
-fn member_of(wire: &v1::Member) -> Member {
-    let (name, address) = (wire.name.clone(), wire.address.clone());
-    let block = wire.block_start..wire.block_end; // Not known yet.
-    Member { worker: WorkerId(wire.worker), name, address, block }
+fn member_of(wire: v1::Member) -> Member {
+    let v1::Member { worker, name, address, block_start, block_end } = wire;
+    Member { worker: WorkerId(worker), name, address, block: block_start..block_end }
 }
 
 #[cfg(test)]
 mod tests {
     use cluster::{Step, Term, blocks::balanced_blocks};
     use proptest::prelude::*;
-    use prost::Message as _;
 
     use super::*;
 
@@ -277,7 +300,7 @@ mod tests {
         let (mut announcer, mut told, mut listener) =
             (Announcer::default(), Told::default(), Listener::default());
         for (generation, workers, bytes_max) in
-            [(1, &all, 250_000), (2, &fewer, 200), (3, &more, 300)]
+            [(1, &all, 60_000), (2, &fewer, 200), (3, &more, 300)]
         {
             let group = group(generation, 4_096, workers);
             let (heard, bytes) = tell(&mut announcer, &mut told, &mut listener, &group);
@@ -332,6 +355,25 @@ mod tests {
             group.change.as_mut().unwrap().blocks = vec![v1::Blocks { size, count }];
             let error = listener.order(&wrong).unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_roster_is_malformed() {
+        let workers: Vec<u64> = (0..100).collect();
+        let (mut announcer, mut told) = (Announcer::default(), Told::default());
+        let said = announcer.announce(&mut told, ("toy", 3), &group(1, 100, &workers), || [7; 32]);
+        let Some(Kind::Roster(roster)) = &said[0].kind else { panic!("no roster") };
+        let half = v1::Roster { members: roster.members.slice(..roster.members.len() / 2) };
+        let bomb =
+            roster_of(&vec![v1::Member { name: "x".repeat(1 << 20), ..v1::Member::default() }; 3]);
+        for damaged in [half, v1::Roster { members: vec![0xff; 9].into() }, bomb] {
+            let response = v1::SessionResponse {
+                kind: Some(Kind::Roster(damaged)),
+                ..v1::SessionResponse::default()
+            };
+            let error = Listener::default().order(&response).unwrap_err().to_string();
+            assert!(error.starts_with("malformed message: Roster.members"), "{error}");
         }
     }
 

@@ -335,7 +335,7 @@ impl Coordinator {
     pub(super) fn reconsider_membership(&mut self, now: Timestamp) {
         match &self.phase {
             Phase::Gathering { since } => {
-                let available = self.next_members(false).len();
+                let available = self.available();
                 let patience_is_out = *since + self.config.timeouts.gather <= now;
                 let expected = self.config.workers_expected;
                 let expected = self.ledger.workers_wanted.map_or(expected, |n| n.min(expected));
@@ -360,6 +360,15 @@ impl Coordinator {
             }
             Phase::Training { suspicion: Some(_) } | Phase::Forming { .. } | Phase::Ended => {}
         }
+    }
+
+    /// How many would belong to a generation that is opened at once. Thousands of workers arrive one by
+    /// one, so this is not found by ordering them.
+    pub(super) fn available(&self) -> usize {
+        let has_part = |worker| self.is_member(worker) || self.ledger.holds_state(worker);
+        let workers = self.workers.iter();
+        let wanted = workers.filter(|(id, worker)| !worker.draining || has_part(*id)).count();
+        self.config.workers_taken(wanted, self.ledger.workers_wanted)
     }
 
     /// Who belongs to the next generation, oldest first.

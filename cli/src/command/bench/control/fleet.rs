@@ -35,6 +35,8 @@ use crate::client::Client;
 
 /// Connections that are opened at the same time.
 const OPENING_MAX: usize = 64;
+/// Odd, so no two numbers meet.
+const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;
 /// A generation that takes longer is a failure.
 const GENERATION_MAX: Duration = Duration::from_secs(60);
 
@@ -244,7 +246,7 @@ async fn open(door: Door, number: u64) -> Result<Opened> {
     let channel = endpoint.connect().await.context("cannot connect to the coordinator")?;
     let mut client =
         ClusterServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let worker = WorkerId(number);
+    let worker = WorkerId(number.wrapping_mul(SCATTER)); // As little alike as those that are drawn.
     let hello = Hello {
         name: format!("worker-{number}"),
         address: format!("10.{}.{}.{}:7000", number >> 16, (number >> 8) & 255, number & 255),
@@ -277,7 +279,7 @@ async fn live(opened: Opened, board: Arc<Board>, mut ends: oneshot::Receiver<()>
             _ = &mut ends => return Ok(()),
             response = responses.message() => response.with_context(|| format!("worker {worker}"))?,
             _ = heartbeat.tick() => { speaker.beat(generation)?; continue }
-            _ = step.tick(), if worker == WorkerId(1) => { speaker.step(generation)?; continue }
+            _ = step.tick(), if worker == WorkerId(SCATTER) => { speaker.step(generation)?; continue }
         };
         let response = response.with_context(|| format!("worker {worker}: its session ended"))?;
         board.told_bytes.fetch_add(response.encoded_len() as u64, Relaxed);
