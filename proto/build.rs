@@ -5,6 +5,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(["v1/cluster.proto"], ["."])?;
     // Thousands of messages share the bytes of a roster.
     let build = tonic_prost_build::configure().bytes(".percheron.v1.Roster.members");
+    // A coordinator has thousands of sessions, so each has small buffers.
+    let build = build.codec_path("crate::codec::SmallBuffers");
     build.compile_fds(descriptors)?;
     Ok(())
 }

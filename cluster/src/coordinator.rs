@@ -45,6 +45,8 @@ pub struct Coordinator {
     /// How fast workers are, and from when on that is looked at again.
     pace: Pace,
     pace_checked_after: Timestamp,
+    /// Whether something has changed that decides who belongs to the next generation.
+    unsettled: bool,
     /// When it was last called: it asks to be called once a heartbeat, so a gap is its own sleep.
     called: Timestamp,
     commands: Vec<Command>,
@@ -148,6 +150,7 @@ impl Coordinator {
             step_time: None,
             pace: Pace::default(),
             pace_checked_after: now,
+            unsettled: true,
             called: now,
             commands: Vec::new(),
         };
@@ -381,6 +384,7 @@ impl Coordinator {
     }
 
     fn record(&mut self, record: Record) {
+        self.unsettled |= concerns_membership(&record);
         self.ledger.apply(&record);
         self.commands.push(Command::Append(record));
     }
@@ -397,5 +401,27 @@ impl Coordinator {
     #[must_use]
     pub fn term(&self) -> Term {
         self.ledger.term
+    }
+}
+
+/// Whether a record may change who belongs to the next generation. Of the others there are thousands.
+fn concerns_membership(record: &Record) -> bool {
+    match record {
+        Record::RunCreated { .. }
+        | Record::TermStarted { .. }
+        | Record::WorkerJoined { .. }
+        | Record::WorkerLost { .. }
+        | Record::Resized { .. }
+        | Record::GenerationOpened { .. }
+        | Record::GenerationFormed { .. } => true,
+        Record::FingerprintFixed { .. }
+        | Record::WorkerRefused { .. }
+        | Record::ExchangeLost { .. }
+        | Record::StepAdopted { .. }
+        | Record::Evaluated { .. }
+        | Record::CheckpointCommitted { .. }
+        | Record::CheckpointAbandoned { .. }
+        | Record::RunFinished { .. }
+        | Record::RunFailed { .. } => false,
     }
 }

@@ -1,6 +1,7 @@
 //! The wire: `v1/cluster.proto`, the code generated from it, and the only conversions between its
 //! messages and the types of `cluster`.
 
+mod codec;
 mod convert;
 mod group;
 

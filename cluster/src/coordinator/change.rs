@@ -67,6 +67,7 @@ impl Coordinator {
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };
         known.draining = true;
+        self.unsettled = true;
         if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));
         }
@@ -346,7 +347,8 @@ impl Coordinator {
                     self.open_generation(now, false, "enough workers are there");
                 }
             }
-            Phase::Training { suspicion: None } => {
+            Phase::Training { suspicion: None } if self.unsettled => {
+                self.unsettled = false;
                 let wanted: BTreeSet<_> = self.next_members(true).into_iter().collect();
                 let members: BTreeSet<_> = self.member_ids().into_iter().collect();
                 let joining = wanted.difference(&members).next();
@@ -358,7 +360,7 @@ impl Coordinator {
                 };
                 self.open_generation(now, true, &reason);
             }
-            Phase::Training { suspicion: Some(_) } | Phase::Forming { .. } | Phase::Ended => {}
+            Phase::Training { .. } | Phase::Forming { .. } | Phase::Ended => {}
         }
     }
 
