@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod chaos;
 mod ci;
 mod demo;
 mod lint;
@@ -52,6 +53,8 @@ enum Task {
     Webdataset(webdataset::Options),
     /// Read exported weights with PyTorch, and import what it saves.
     TorchFiles(torch_files::Options),
+    /// Break a run of real processes again and again, and want the undisturbed run's bits.
+    Chaos(chaos::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -80,6 +83,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Tidy => tidy::run(&workspace),
         Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::TorchFiles(options) => torch_files::run(&workspace, options),
+        Task::Chaos(options) => chaos::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }
