@@ -3,6 +3,10 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=v1/cluster.proto");
     let descriptors = protox::compile(["v1/cluster.proto"], ["."])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Thousands of messages share the bytes of a roster.
+    let build = tonic_prost_build::configure().bytes(".percheron.v1.Roster.members");
+    // A coordinator has thousands of sessions, so each has small buffers.
+    let build = build.codec_path("crate::codec::SmallBuffers");
+    build.compile_fds(descriptors)?;
     Ok(())
 }

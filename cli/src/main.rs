@@ -17,6 +17,10 @@ use clap::Parser;
 
 use crate::command::Command;
 
+/// Gives memory back that a burst of messages to thousands of workers has needed.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Trains an early-exit image classifier on workers that come and go: the same bits, whatever happens.
 #[derive(Debug, Parser)]
 #[command(name = "percheron", version, propagate_version = true)]

@@ -49,6 +49,8 @@ pub struct Coordinator {
     /// How fast workers are, and from when on that is looked at again.
     pace: Pace,
     pace_checked_after: Timestamp,
+    /// Whether something has changed that decides who belongs to the next generation.
+    unsettled: bool,
     /// When it was last called: it asks to be called once a heartbeat, so a gap is its own sleep.
     called: Timestamp,
     commands: Vec<Command>,
@@ -154,6 +156,7 @@ impl Coordinator {
             step_time: None,
             pace: Pace::default(),
             pace_checked_after: now,
+            unsettled: true,
             called: now,
             commands: Vec::new(),
         };
@@ -201,7 +204,7 @@ impl Coordinator {
         let phase = match &self.phase {
             Phase::Gathering { since } => {
                 // With fewer workers than that, nothing happens at any time.
-                let enough = self.next_members(false).len() >= self.config.workers_min as usize;
+                let enough = self.available() >= self.config.workers_min as usize;
                 enough.then(|| *since + self.config.timeouts.gather)
             }
             Phase::Forming { deadline, .. } => *deadline,
@@ -396,6 +399,7 @@ impl Coordinator {
     }
 
     fn record(&mut self, record: Record) {
+        self.unsettled |= concerns_membership(&record);
         self.ledger.apply(&record);
         self.commands.push(Command::Append(record));
     }
@@ -412,5 +416,27 @@ impl Coordinator {
     #[must_use]
     pub fn term(&self) -> Term {
         self.ledger.term
+    }
+}
+
+/// Whether a record may change who belongs to the next generation. Of the others there are thousands.
+fn concerns_membership(record: &Record) -> bool {
+    match record {
+        Record::RunCreated { .. }
+        | Record::TermStarted { .. }
+        | Record::WorkerJoined { .. }
+        | Record::WorkerLost { .. }
+        | Record::Resized { .. }
+        | Record::GenerationOpened { .. }
+        | Record::GenerationFormed { .. } => true,
+        Record::FingerprintFixed { .. }
+        | Record::WorkerRefused { .. }
+        | Record::ExchangeLost { .. }
+        | Record::StepAdopted { .. }
+        | Record::Evaluated { .. }
+        | Record::CheckpointCommitted { .. }
+        | Record::CheckpointAbandoned { .. }
+        | Record::RunFinished { .. }
+        | Record::RunFailed { .. } => false,
     }
 }

@@ -1,16 +1,16 @@
 //! The one task that owns the machine.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use cluster::{
-    Command, Coordinator, Event, Generation, Hello, Outcome, Record, Report, Step, Timestamp,
-    WorkerId,
+    Command, Coordinator, Event, Generation, Hello, Order, Outcome, Record, Report, Step,
+    Timestamp, WorkerId,
 };
-use proto::v1;
+use proto::{Announcer, Told, v1};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, oneshot},
@@ -63,20 +63,20 @@ pub(crate) enum Input {
 #[derive(Debug)]
 pub(crate) struct Session {
     number: u64,
-    orders: mpsc::Sender<v1::SessionResponse>,
+    orders: mpsc::Sender<Arc<v1::SessionResponse>>,
+    told: Told,
     _open: oneshot::Sender<()>,
     heard: u64,
-    acknowledged: u64,
 }
 
 impl Session {
     /// `number` is unique in this process; the other end is cut when `open` is dropped.
     pub(crate) fn new(
         number: u64,
-        orders: mpsc::Sender<v1::SessionResponse>,
+        orders: mpsc::Sender<Arc<v1::SessionResponse>>,
         open: oneshot::Sender<()>,
     ) -> Self {
-        Self { number, orders, _open: open, heard: 0, acknowledged: 0 }
+        Self { number, orders, told: Told::default(), _open: open, heard: 0 }
     }
 }
 
@@ -88,6 +88,9 @@ struct Host {
     publisher: Publisher,
     committer: Committer,
     welcome: v1::Welcome,
+    announcer: Announcer,
+    /// Workers whose reports have had their effect and who do not know it yet.
+    unacknowledged: BTreeSet<WorkerId>,
     clock: Clock,
     /// Who asked for a checkpoint and has not been told its step.
     asked: Vec<oneshot::Sender<Option<Step>>>,
@@ -110,6 +113,8 @@ pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, Sta
     let host = Host {
         committer: Committer::new(Arc::clone(&config), inputs.clone()).await?,
         welcome: welcome(&config),
+        announcer: Announcer::default(),
+        unacknowledged: BTreeSet::new(),
         coordinator,
         log,
         sessions: BTreeMap::new(),
@@ -225,7 +230,10 @@ impl Host {
             }
             Input::Said { worker, sequence, report } => {
                 let session = self.sessions.get_mut(&worker)?;
-                session.heard = session.heard.max(sequence);
+                if sequence > session.heard {
+                    session.heard = sequence;
+                    self.unacknowledged.insert(worker);
+                }
                 Some(Event::Reported { worker, report })
             }
             Input::Closed { worker, session } => {
@@ -292,20 +300,7 @@ impl Host {
     fn carry_out(&mut self, command: Command) {
         match command {
             Command::Append(_) => {} // Durable by now.
-            Command::Send { worker, order } => {
-                let Some(session) = self.sessions.get(&worker) else {
-                    return; // It will be told when it comes back.
-                };
-                debug!(%worker, ?order, "order");
-                let secret = |generation| generation_secret(&self.config, generation);
-                let run = self.config.run.run.as_str();
-                let term = self.coordinator.term();
-                let response = proto::order_to_response(run, term, order, &self.welcome, secret);
-                if session.orders.try_send(response).is_err() {
-                    warn!(%worker, "a worker does not read its orders; its session is cut");
-                    self.sessions.remove(&worker);
-                }
-            }
+            Command::Send { worker, order } => self.send(worker, order),
             Command::Close { worker } => drop(self.sessions.remove(&worker)),
             Command::CommitCheckpoint { generation, step, parts, part_bytes, sections } => {
                 let term = self.coordinator.term();
@@ -322,19 +317,37 @@ impl Host {
         }
     }
 
+    fn send(&mut self, worker: WorkerId, order: Order) {
+        let Some(session) = self.sessions.get_mut(&worker) else {
+            return; // It will be told when it comes back.
+        };
+        debug!(%worker, ?order, "order");
+        let secret = |generation| generation_secret(&self.config, generation);
+        let run = self.config.run.run.as_str();
+        let term = self.coordinator.term();
+        let is_read = if let Order::Form(group) = &order {
+            let secret = || secret(group.generation);
+            let said = self.announcer.announce(&mut session.told, (run, term.0), group, secret);
+            said.iter().all(|response| session.orders.try_send(Arc::clone(response)).is_ok())
+        } else {
+            let response = proto::order_to_response(run, term, order, &self.welcome, secret);
+            session.orders.try_send(Arc::new(response)).is_ok()
+        };
+        if !is_read {
+            warn!(%worker, "a worker does not read its orders; its session is cut");
+            self.sessions.remove(&worker);
+        }
+    }
+
     /// Lets workers forget what has had its effect.
     fn acknowledge(&mut self) {
         let (run, term) = (self.config.run.run.to_string(), self.coordinator.term().0);
-        for session in self.sessions.values_mut() {
-            if session.heard > session.acknowledged {
-                let ack = v1::Ack { sequence: session.heard };
-                let kind = Some(v1::session_response::Kind::Ack(ack));
-                let response = v1::SessionResponse { run: run.clone(), term, kind };
-                if session.orders.try_send(response).is_ok() {
-                    session.acknowledged = session.heard;
-                }
-            }
-        }
+        self.unacknowledged.retain(|worker| {
+            let Some(session) = self.sessions.get(worker) else { return false };
+            let kind = Some(v1::session_response::Kind::Ack(v1::Ack { sequence: session.heard }));
+            let response = v1::SessionResponse { run: run.clone(), term, kind };
+            session.orders.try_send(Arc::new(response)).is_err()
+        });
     }
 }
 

@@ -108,7 +108,9 @@ impl ClusterService for Service {
         let session = Session::new(number, orders, open);
         self.hand_in(Input::Opened { worker, hello: hello.into(), session }).await?;
         tokio::spawn(pump(worker, number, requests, self.inputs.clone(), cut));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
+        // Copied only when the connection has room for it.
+        let orders = ReceiverStream::new(receiver).map(|order| Ok(Arc::unwrap_or_clone(order)));
+        Ok(Response::new(Box::pin(orders)))
     }
 
     async fn report_exit(

@@ -398,7 +398,8 @@ pub fn order_to_response(
     v1::SessionResponse { run: run.to_owned(), term: term.0, kind: Some(kind) }
 }
 
-/// An order from the wire; `None` for an acknowledgement, which is the host's own affair.
+/// An order from the wire; `None` for an acknowledgement, which is the host's own affair. A group must
+/// be whole: [`Listener`](crate::Listener) understands all of them.
 ///
 /// # Errors
 /// [`Malformed`] if a field that must be there is not.
@@ -417,11 +418,11 @@ pub fn order_from_response(response: &v1::SessionResponse) -> Result<Option<Orde
             Order::Finish { step: Step(finish.step), state_sha256: finish.state_sha256 }
         }
         ResponseKind::Fail(fail) => Order::Fail { reason: fail.reason },
-        ResponseKind::Ack(_) => return Ok(None),
+        ResponseKind::Ack(_) | ResponseKind::Roster(_) => return Ok(None),
     }))
 }
 
-fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
+pub(crate) fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
     let members = group.members.iter().map(|member| v1::Member {
         worker: member.worker.0,
         name: member.name.clone(),
@@ -438,10 +439,11 @@ fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
         checkpoint_at: group.checkpoint_at.map(|step| step.0),
         evaluated: group.evaluated.map(|step| step.0),
         secret: secret.to_vec(),
+        change: None,
     }
 }
 
-fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
+pub(crate) fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
     let mut members = Vec::with_capacity(group.members.len());
     for member in group.members {
         if member.block_start >= member.block_end {

@@ -1,7 +1,9 @@
 //! The wire: `v1/cluster.proto`, the code generated from it, and the only conversions between its
 //! messages and the types of `cluster`.
 
+mod codec;
 mod convert;
+mod group;
 
 /// Generated from `v1/cluster.proto`.
 #[allow(
@@ -24,7 +26,10 @@ pub use convert::{
     report_to_wire,
 };
 
-/// Largest message either side takes, in bytes. A group of 4,096 workers needs about 400 KB.
+pub use group::{Announcer, Listener, Told};
+
+/// Largest message either side takes, in bytes. The longest are records of the log: a generation of 4,096 workers takes
+/// about 600 KB.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
 /// Metadata key under which a session carries the run's token.

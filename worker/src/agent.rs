@@ -137,6 +137,7 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
         told: Some(told_sender),
         socket: Some(socket),
         training: None,
+        listener: proto::Listener::default(),
         secrets: BTreeMap::new(),
         uploads: JoinSet::new(),
         finished: None,
@@ -203,6 +204,8 @@ struct Agent {
     told: Option<mpsc::UnboundedSender<Told>>,
     socket: Option<TcpListener>,
     training: Option<TrainingThread>,
+    /// Understands what the coordinator says.
+    listener: proto::Listener,
     /// What opens the generations that were announced.
     secrets: BTreeMap<Generation, [u8; 32]>,
     uploads: JoinSet<Notice>,
@@ -263,6 +266,7 @@ impl Agent {
         match link {
             Link::Opened(requests) => {
                 self.requests = Some(requests);
+                self.listener.session_opened();
                 for report in self.outbox.unacknowledged().cloned().collect::<Vec<_>>() {
                     self.send(report);
                 }
@@ -292,14 +296,15 @@ impl Agent {
                 | Heard::Hold(_)
                 | Heard::Refuse(_)
                 | Heard::Finish(_)
-                | Heard::Fail(_),
+                | Heard::Fail(_)
+                | Heard::Roster(_),
             )
             | None => {}
         }
         if self.exit.is_some() {
             return Ok(interval);
         }
-        match proto::order_from_response(&response) {
+        match self.listener.order(&response) {
             Ok(Some(order)) => {
                 let term = cluster::Term(response.term);
                 self.notice(Notice::Ordered { term, order })?;

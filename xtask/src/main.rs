@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod chaos;
 mod ci;
 mod demo;
 mod gpu;
@@ -55,6 +56,8 @@ enum Task {
     TorchFiles(torch_files::Options),
     /// Build what the checks on a GPU need, and run them if there is one.
     Gpu(gpu::Options),
+    /// Break a run of real processes again and again, and want the undisturbed run's bits.
+    Chaos(chaos::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -84,6 +87,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::TorchFiles(options) => torch_files::run(&workspace, options),
         Task::Gpu(options) => gpu::run(&workspace, options),
+        Task::Chaos(options) => chaos::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }

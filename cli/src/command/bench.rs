@@ -1,5 +1,7 @@
 //! `percheron bench`: what this machine can do, measured in one process.
 
+mod control;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -37,6 +39,8 @@ pub(crate) enum Command {
     Data(Data),
     /// What reading a sample costs: finding it, reading it and checking it, without decoding.
     Reader(Reader),
+    /// How fast a coordinator makes a new generation of many workers known, and what it costs.
+    Control(control::Control),
 }
 
 #[derive(Debug, Args)]
@@ -99,6 +103,7 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         Command::CrashingLife(life) => crashes::live(&life)?,
         Command::Data(data) => run_data(&data)?,
         Command::Reader(reader) => run_reader(&reader)?,
+        Command::Control(control) => return super::in_runtime(control::run(control)),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -67,6 +67,7 @@ impl Coordinator {
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };
         known.draining = true;
+        self.unsettled = true;
         if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));
         }
@@ -335,7 +336,7 @@ impl Coordinator {
     pub(super) fn reconsider_membership(&mut self, now: Timestamp) {
         match &self.phase {
             Phase::Gathering { since } => {
-                let available = self.next_members(false).len();
+                let available = self.available();
                 let patience_is_out = *since + self.config.timeouts.gather <= now;
                 let expected = self.config.workers_expected;
                 let expected = self.ledger.workers_wanted.map_or(expected, |n| n.min(expected));
@@ -346,7 +347,8 @@ impl Coordinator {
                     self.open_generation(now, false, "enough workers are there");
                 }
             }
-            Phase::Training { suspicion: None } => {
+            Phase::Training { suspicion: None } if self.unsettled => {
+                self.unsettled = false;
                 let wanted: BTreeSet<_> = self.next_members(true).into_iter().collect();
                 let members: BTreeSet<_> = self.member_ids().into_iter().collect();
                 let joining = wanted.difference(&members).next();
@@ -358,8 +360,17 @@ impl Coordinator {
                 };
                 self.open_generation(now, true, &reason);
             }
-            Phase::Training { suspicion: Some(_) } | Phase::Forming { .. } | Phase::Ended => {}
+            Phase::Training { .. } | Phase::Forming { .. } | Phase::Ended => {}
         }
+    }
+
+    /// How many would belong to a generation that is opened at once. Thousands of workers arrive one by
+    /// one, so this is not found by ordering them.
+    pub(super) fn available(&self) -> usize {
+        let has_part = |worker| self.is_member(worker) || self.ledger.holds_state(worker);
+        let workers = self.workers.iter();
+        let wanted = workers.filter(|(id, worker)| !worker.draining || has_part(*id)).count();
+        self.config.workers_taken(wanted, self.ledger.workers_wanted)
     }
 
     /// Who belongs to the next generation, oldest first.
