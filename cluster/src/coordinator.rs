@@ -34,6 +34,8 @@ pub struct Coordinator {
     saving: BTreeMap<Step, Saving>,
     checkpoint_at: Option<Step>,
     finished: BTreeMap<WorkerId, String>,
+    /// When the newest generation was opened, or found open by this coordinator.
+    opened: Timestamp,
     /// Whether a member of the generation before has left it for the newest: then no step of it is
     /// lost by aborting it.
     turned: bool,
@@ -142,6 +144,7 @@ impl Coordinator {
             saving: BTreeMap::new(),
             checkpoint_at: None,
             finished: BTreeMap::new(),
+            opened: now,
             turned,
             stopped: BTreeSet::new(),
             troubled_since: None,
