@@ -38,6 +38,8 @@ pub struct Coordinator {
     /// Since when no checkpoint has been committed or named by the clock.
     unkept_since: Timestamp,
     finished: BTreeMap<WorkerId, String>,
+    /// When the newest generation was opened, or found open by this coordinator.
+    opened: Timestamp,
     /// Whether a member of the generation before has left it for the newest: then no step of it is
     /// lost by aborting it.
     turned: bool,
@@ -150,6 +152,7 @@ impl Coordinator {
             keep_also: None,
             unkept_since: now,
             finished: BTreeMap::new(),
+            opened: now,
             turned,
             stopped: BTreeSet::new(),
             troubled_since: None,

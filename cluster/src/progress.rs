@@ -118,6 +118,9 @@ impl Pace {
         worker: WorkerId,
         phase: StepPhase,
     ) -> Duration {
+        if phase == StepPhase::Idle {
+            return timeouts.first_step(); // How long others stood by says nothing.
+        }
         let known = self.took.get(&phase).filter(|took| took.len() >= WINDOW_MIN);
         let learnt = known.map_or(Duration::ZERO, |took| percentile_99(took) * FACTOR);
         let floor = match (phase, known) {

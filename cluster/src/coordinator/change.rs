@@ -7,7 +7,7 @@ use std::{
 
 use super::{Coordinator, Formed, Phase};
 use crate::{
-    Generation, Member, Order, Progress, Rank, Record, StepPhase, Timestamp, WorkerId,
+    Generation, Member, Order, Progress, Rank, Record, StepPhase, Timestamp, Worker, WorkerId,
     blocks::balanced_blocks,
 };
 
@@ -60,6 +60,9 @@ impl Coordinator {
             // A newcomer that dies before the others have left for it costs them nothing.
             let planned = !self.turned && !trained;
             self.open_generation(now, planned, &format!("{} was lost", names.join(", ")));
+        } else if trained {
+            // Without it the generation before can do no further step, whether it left as asked or died.
+            self.members_turn(now);
         }
     }
 
@@ -308,8 +311,18 @@ impl Coordinator {
 
     /// From a heartbeat: a member of the intact generation has left it for the newest one.
     pub(super) fn heard_progress(&mut self, now: Timestamp, worker: WorkerId, progress: Progress) {
-        let has_turned =
-            progress.generation == self.ledger.generation && progress.phase == StepPhase::Form;
+        let has_left = match progress.phase {
+            StepPhase::Form => true,
+            // Between two steps it is idle for a moment, and at the end until its share is written.
+            StepPhase::Idle => progress.in_phase >= self.config.timeouts.first_step(),
+            StepPhase::Load
+            | StepPhase::Compute
+            | StepPhase::Reduce
+            | StepPhase::Update
+            | StepPhase::Evaluate
+            | StepPhase::Checkpoint => false,
+        };
+        let has_turned = has_left && progress.generation == self.ledger.generation;
         if has_turned && self.ledger.holds_state(worker) {
             self.members_turn(now);
         }
@@ -387,7 +400,13 @@ impl Coordinator {
             && staying().any(|(worker, _)| holds(worker));
         let wanted = workers.iter().filter(|(id, w)| !w.draining || (!can_let_go && has_part(id)));
         let mut wanted: Vec<_> = wanted.map(|(worker, _)| *worker).collect();
-        let places = self.config.workers_taken(wanted.len(), self.ledger.workers_wanted);
+        let mut places = self.config.workers_taken(wanted.len(), self.ledger.workers_wanted);
+        if !(planned && self.ledger.formed) {
+            let bound = self.may_hold_the_newest(planned);
+            let most = self.config.virtual_ranks as usize;
+            wanted.sort_by_key(|worker| !bound.contains(worker));
+            places = places.max(wanted.iter().filter(|w| bound.contains(w)).count()).min(most);
+        }
         let spare = wanted.split_off(places);
         // Among so few there must be one that holds the state, as long as anybody does.
         let holder = spare.into_iter().find(holds).filter(|_| !wanted.iter().any(holds));
@@ -395,6 +414,24 @@ impl Coordinator {
             *last = holder;
         }
         wanted
+    }
+
+    /// Workers of which one may be the only one that holds the newest state, so that they are not let go
+    /// before a generation stands: who of the members has applied the last step is not known for sure,
+    /// and one that was given up and came back may hold more than those that went on without it.
+    fn may_hold_the_newest(&self, planned: bool) -> BTreeSet<WorkerId> {
+        let applied = |known: &Worker| known.progress.and_then(|progress| progress.applied);
+        let best = self.workers.iter().filter_map(|(_, known)| applied(known)).max();
+        let holds_best =
+            |w: &WorkerId| best.is_some() && self.workers.find(*w).and_then(applied) == best;
+        let mut bound: BTreeSet<_> = self.member_ids().into_iter().filter(holds_best).collect();
+        if !planned {
+            let ledger = &self.ledger;
+            let is_last_known = ledger.intact.is_none();
+            let in_step = if is_last_known { &ledger.members } else { &ledger.intact_members };
+            bound.extend(in_step.iter().map(|member| member.worker));
+        }
+        bound
     }
 
     /// Opens the next generation with all that are there, or holds the survivors if they are too few.
@@ -430,6 +467,7 @@ impl Coordinator {
         let reason = reason.to_owned();
         self.checkpoint_at = self.next_checkpoint(self.ledger.canonical);
         self.stopped.clear();
+        self.opened = now;
         self.turned = !planned;
         self.record(Record::GenerationOpened { generation, members, planned, reason });
         let deadline = (!planned).then(|| now + self.form_allowance());

@@ -18,6 +18,11 @@ impl Coordinator {
             Phase::Forming { .. } if !self.turned => {
                 (self.ledger.intact_members.iter().map(|member| member.worker).collect(), true)
             }
+            // Whoever hangs in the formation seems to be ahead of those that train already, until the
+            // formation's own deadline; and nobody is late to turn who was told a moment ago.
+            Phase::Forming { formed, .. } if !formed.is_empty() || !self.had_time_to_turn(now) => {
+                return;
+            }
             Phase::Forming { .. } => (self.member_ids(), false),
             Phase::Training { suspicion: Some(_) } | Phase::Gathering { .. } | Phase::Ended => {
                 return;
@@ -55,6 +60,10 @@ impl Coordinator {
                 && self.pace.in_phase(worker).is_some_and(|lasted| lasted >= allowance)
         };
         self.member_ids().into_iter().filter(is_unmoved).collect()
+    }
+
+    fn had_time_to_turn(&self, now: Timestamp) -> bool {
+        now.since(self.opened) >= self.config.timeouts.progress()
     }
 
     fn blame(&self, stuck: &Stuck, members: usize) -> String {

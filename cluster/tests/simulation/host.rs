@@ -1,6 +1,6 @@
 //! A worker's host: carries notices, actions, reports and orders for the real [`Participant`].
 
-use std::{collections::VecDeque, time::Duration};
+use std::collections::VecDeque;
 
 use cluster::{
     Action, Exit, Fingerprint, Generation, Hello, Notice, Participant, Progress, Report, Timestamp,
@@ -10,6 +10,7 @@ use cluster::{
 use crate::{
     network::{Down, Up},
     plan::Fault,
+    tamper::Tamper,
     trainer::{Trainer, Work},
     world::{Happening, World},
 };
@@ -27,6 +28,8 @@ pub(crate) struct Worker {
     said: u64,
     /// What waits while the process is frozen.
     pub(crate) backlog: Option<Vec<Happening>>,
+    /// Whether it ever was: then the time of a phase is no measure of its work.
+    pub(crate) was_frozen: bool,
     /// Asked to leave, by a person or a signal.
     pub(crate) told_to_leave: bool,
     exit: Option<Exit>,
@@ -72,6 +75,7 @@ impl World {
             outbox: VecDeque::new(),
             said: 0,
             backlog: None,
+            was_frozen: false,
             told_to_leave: false,
             exit: None,
             to_trainer: self.now,
@@ -122,6 +126,10 @@ impl World {
                 self.noticed(worker, Notice::StopRequested { reason: "SIGTERM".to_owned() });
             }
             Inside::ExitNow => self.exit_now(worker),
+        }
+        let now = self.now;
+        if let Some(process) = self.workers.get_mut(&worker) {
+            process.trainer.note_phase(now);
         }
     }
 
@@ -183,12 +191,15 @@ impl World {
         let heartbeat = self.plan.config.timeouts.heartbeat;
         let next = u64::try_from(heartbeat.as_millis()).expect("it is short");
         self.after(next, Happening::Inside { worker, what: Inside::Beat });
+        let (now, tamper) = (self.now, self.tamper);
         let process = self.process(worker);
+        let since = process.trainer.phase_since();
+        let since = if tamper == Tamper::HidesHangs { now } else { since };
         let progress = Progress {
             generation: process.participant.generation().unwrap_or(Generation(0)),
             applied: process.trainer.state.map(|state| state.step),
             phase: process.trainer.phase(),
-            in_phase: Duration::ZERO,
+            in_phase: now.since(since),
             resident_bytes: 0,
         };
         if let Some(session) = process.session {

@@ -32,7 +32,7 @@ impl fmt::Display for Failure {
         story.iter().try_for_each(|line| writeln!(f, "  {line}"))?;
         write!(
             f,
-            "again: PERCHERON_SIM_SEED={seed} cargo test --release -p cluster --test simulation"
+            "again: PERCHERON_SIM_SEED={seed} cargo test --release -p cluster --test simulation chosen"
         )
     }
 }
@@ -41,6 +41,12 @@ impl fmt::Display for Failure {
 pub(crate) struct Watch {
     pub(crate) seed: u64,
     pub(crate) violation: Option<Violation>,
+    /// How often an invariant was looked at.
+    pub(crate) checks: u64,
+    pub(crate) looked_at: BTreeSet<&'static str>,
+    /// The steps of each epoch whose samples were counted as seen.
+    seen: BTreeSet<(u64, u64)>,
+    steps_per_epoch: u64,
     /// The fold of the durable log.
     pub(crate) durable: Ledger,
     /// Workers whose death can be seen by those that try to reach them.
@@ -67,6 +73,10 @@ impl Watch {
         Self {
             seed,
             violation: None,
+            checks: 0,
+            looked_at: BTreeSet::new(),
+            seen: BTreeSet::new(),
+            steps_per_epoch: plan.config.steps_per_epoch,
             durable: Ledger::default(),
             seen_dead: BTreeSet::new(),
             is_gentle: plan.is_gentle(),
@@ -82,6 +92,8 @@ impl Watch {
         holds: bool,
         found: impl FnOnce() -> String,
     ) {
+        self.checks += 1;
+        self.looked_at.insert(invariant);
         if !holds && self.violation.is_none() {
             self.violation = Some(Violation { invariant, found: found() });
         }
@@ -103,6 +115,33 @@ impl Watch {
         let holds = parts.iter().all(|part| part.digest == digest) && indices == [0, 1, 2, 3];
         self.require("a_checkpoint_is_one_state", holds, || format!("{step}: {parts:?}"));
         state
+    }
+
+    /// The data of a step is a function of its number, so samples are seen as often as steps count.
+    fn each_sample_is_seen_once_an_epoch(&mut self, step: Step) {
+        let place = ((step.0 - 1) / self.steps_per_epoch, (step.0 - 1) % self.steps_per_epoch);
+        let is_new = self.seen.insert(place);
+        let (epoch, at) = place;
+        let before = self.seen.range((epoch.saturating_sub(1), 0)..(epoch, 0)).count() as u64;
+        let is_whole = at > 0 || epoch == 0 || before == self.steps_per_epoch;
+        self.require("each_sample_is_seen_once_an_epoch", is_new && is_whole, || {
+            format!("step {step} of epoch {epoch}, after {before} steps of the one before")
+        });
+    }
+
+    /// Of all generations only the newest that stands, or one after it, may do a step that counts.
+    fn one_generation_counts(&mut self, generation: Generation) {
+        let newest = self.durable.intact;
+        self.require("one_generation_counts", Some(generation) >= newest, || {
+            format!("a step of generation {generation} counts though {newest:?} stands")
+        });
+    }
+
+    pub(crate) fn no_committed_step_is_lost(&mut self, restored: &Ledger) {
+        let (found, durable) = (restored.canonical, self.durable.canonical);
+        self.require("no_committed_step_is_lost", found >= durable, || {
+            format!("a new coordinator starts from step {found}, {durable} was committed")
+        });
     }
 
     pub(crate) fn a_deadline_lies_ahead(&mut self, now: Timestamp, deadline: Option<Timestamp>) {
@@ -203,7 +242,9 @@ impl World {
                 let let_go = let_go.filter_map(|w| held(w).map(|state| (w, owed(state))));
                 self.watch.let_go = let_go.collect();
             }
-            Record::StepAdopted { step, .. } => {
+            Record::StepAdopted { step, generation, .. } => {
+                self.watch.one_generation_counts(*generation);
+                self.watch.each_sample_is_seen_once_an_epoch(*step);
                 let holds = *step == durable.canonical.next();
                 self.watch.require("canonical_steps_are_contiguous", holds, || {
                     format!("{step} after {}", durable.canonical)
@@ -226,6 +267,12 @@ impl World {
                 let lives = self.workers.get(worker).is_some_and(|process| !process.is_exiting());
                 let holds = !(has_part && lives && self.plan.is_calm());
                 self.watch.require("nobody_who_lives_is_taken_for_dead", holds, || {
+                    format!("{worker}: {cause}")
+                });
+                let process = self.workers.get(worker);
+                let hangs = process.is_none_or(|p| p.trainer.hangs || p.was_frozen);
+                let holds = hangs || !cause.contains("made no progress");
+                self.watch.require("only_the_stuck_are_called_stuck", holds, || {
                     format!("{worker}: {cause}")
                 });
             }

@@ -31,6 +31,8 @@ pub(crate) struct Session {
     pub(crate) life: u64,
     /// Nothing passes any more, in either direction.
     cut: bool,
+    /// Until when nothing passes, upwards and downwards; it is kept meanwhile.
+    held: [Timestamp; 2],
     up_last: Timestamp,
     down_last: Timestamp,
 }
@@ -39,7 +41,8 @@ impl World {
     pub(crate) fn open_session(&mut self, worker: WorkerId) -> u64 {
         let id = self.sessions.len() as u64 + 1;
         let (life, now) = (self.office.life, self.now);
-        let session = Session { worker, life, cut: false, up_last: now, down_last: now };
+        let held = [now; 2];
+        let session = Session { worker, life, cut: false, held, up_last: now, down_last: now };
         self.sessions.insert(id, session);
         id
     }
@@ -48,7 +51,7 @@ impl World {
         let delay = self.delay();
         let at = Timestamp(self.now.0 + delay);
         let link = self.sessions.get_mut(&session).expect("it was opened");
-        link.up_last = link.up_last.max(at);
+        link.up_last = link.up_last.max(at).max(link.held[0]);
         let at = link.up_last;
         self.at(at, Happening::Up { session, message });
     }
@@ -57,7 +60,7 @@ impl World {
         let delay = self.delay();
         let at = Timestamp(self.now.0 + delay);
         let link = self.sessions.get_mut(&session).expect("it was opened");
-        link.down_last = link.down_last.max(at);
+        link.down_last = link.down_last.max(at).max(link.held[1]);
         let at = link.down_last;
         self.at(at, Happening::Down { session, message });
     }
@@ -76,6 +79,30 @@ impl World {
             let long = self.chance.percent(20);
             let notice = self.chance.between(if long { 1_000..=10_000 } else { 0..=300 });
             self.after(notice, Happening::SessionEndSeen { session });
+        }
+    }
+
+    /// One direction of a session is blocked for a while. What was sent is sent again by the transport
+    /// until it passes, in order, unless the session breaks first.
+    pub(crate) fn block_one_way(&mut self, worker: WorkerId) {
+        let Some(session) = self.workers.get(&worker).and_then(|worker| worker.session) else {
+            return;
+        };
+        let way = usize::from(self.chance.percent(50));
+        let long = self.chance.percent(40);
+        let ms = self.chance.between(if long { 1_000..=15_000 } else { 50..=900 });
+        let survives = self.chance.percent(50);
+        self.tell(|| format!("way {way} of the session of {worker} is blocked for {ms} ms"));
+        let until = Timestamp(self.now.0 + ms);
+        self.sessions.get_mut(&session).expect("it was opened").held[way] = until;
+        self.at(until, Happening::Healed { session, survives });
+    }
+
+    pub(crate) fn heal(&mut self, session: u64, survives: bool) {
+        let worker = self.sessions[&session].worker;
+        let current = self.workers.get(&worker).and_then(|worker| worker.session);
+        if !survives && current == Some(session) {
+            self.cut_session_of(worker);
         }
     }
 

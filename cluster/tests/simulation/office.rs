@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use cluster::{
-    Command, Coordinator, Event, Generation, Progress, Record, Report, Step, StepPhase, Timestamp,
-    WorkerId,
+    Command, Coordinator, Event, Generation, Order, Progress, Record, Report, Step, StepPhase,
+    Timestamp, WorkerId,
 };
 
 use crate::{
     network::{Down, Up},
     plan::Fault,
-    world::{Happening, Tamper, World},
+    tamper::Tamper,
+    world::{Happening, World},
 };
 
 #[derive(Default)]
@@ -37,9 +38,26 @@ impl World {
     pub(crate) fn start_coordinator(&mut self) {
         self.office.life += 1;
         let config = self.plan.config.clone();
-        self.office.coordinator = Some(Coordinator::restore(self.now, config, &self.log));
+        let log = self.readable_log();
+        let coordinator = Coordinator::restore(self.now, config, &log);
+        self.watch.no_committed_step_is_lost(coordinator.ledger());
+        self.office.coordinator = Some(coordinator);
         self.tell(|| "the coordinator starts".to_owned());
         self.event(Event::DeadlineReached);
+    }
+
+    /// What a new coordinator reads.
+    fn readable_log(&self) -> Vec<Record> {
+        let mut log = self.log.clone();
+        let is_step = |record: &Record| matches!(record, Record::StepAdopted { .. });
+        let last = log.iter().rposition(is_step).filter(|_| self.tamper == Tamper::ForgetsTheTail);
+        if let Some(last) = last {
+            log.remove(last);
+        }
+        if self.tamper == Tamper::ForgetsTheTerms {
+            log.retain(|record| !matches!(record, Record::TermStarted { .. }));
+        }
+        log
     }
 
     pub(crate) fn crash_coordinator(&mut self) {
@@ -105,6 +123,9 @@ impl World {
             Happening::Requested { worker } => {
                 self.event(Event::DrainRequested { worker });
             }
+            Happening::Resized { workers } => {
+                self.event(Event::ResizeRequested { workers });
+            }
             Happening::Committed { life, step, failed } if life == self.office.life => {
                 self.committed(step, failed);
             }
@@ -121,6 +142,7 @@ impl World {
             Happening::Down { .. }
             | Happening::Inside { .. }
             | Happening::Thaw { .. }
+            | Happening::Healed { .. }
             | Happening::CoordinatorStart
             | Happening::CoordinatorWake
             | Happening::Arrival
@@ -143,6 +165,11 @@ impl World {
             Up::Report(sequence, report) => {
                 if self.office.current.get(&worker) != Some(&session) {
                     return;
+                }
+                if sequence > 0 && self.strikes(Fault::Duplicate, 3) {
+                    let delay = self.chance.between(0..=3_000);
+                    let message = Up::Report(sequence, report.clone());
+                    self.after(delay, Happening::Up { session, message });
                 }
                 let is_done = self.reported(worker, report);
                 if is_done && sequence > 0 && self.office.current.get(&worker) == Some(&session) {
@@ -180,12 +207,28 @@ impl World {
         } else {
             report
         };
+        let worker = self.mistaken(worker, &report);
         let is_done = self.event(Event::Reported { worker, report });
         if let (Some(unmoved), Some(coordinator)) = (unmoved, &self.office.coordinator) {
             let is_same = unmoved == *coordinator.ledger();
             self.watch.no_stale_report_changes_the_ledger(is_same, worker, said);
         }
         is_done
+    }
+
+    /// Whom the host takes a report to come from.
+    fn mistaken(&self, worker: WorkerId, report: &Report) -> WorkerId {
+        let is_beat = matches!(report, Report::Heartbeat(_));
+        if self.tamper != Tamper::BlamesAnother || !is_beat {
+            return worker;
+        }
+        let hangs = |other: &WorkerId| self.workers.get(other).is_some_and(|w| w.trainer.hangs);
+        let others = || self.office.current.keys().copied();
+        match (others().find(hangs), others().find(|other| !hangs(other))) {
+            (Some(one), Some(other)) if worker == one => other,
+            (Some(one), Some(other)) if worker == other => one,
+            _ => worker,
+        }
     }
 
     fn committed(&mut self, step: Step, failed: bool) {
@@ -205,12 +248,20 @@ impl World {
             self.office.alarm = None;
             return true;
         }
+        let stands = self.tamper == Tamper::StopsTheClock && self.log.len() > 20;
+        let now = if stands { Timestamp(self.now.0 - 60_000) } else { self.now };
         let coordinator = self.office.coordinator.as_mut().expect("the office is up");
         let is_deadline = matches!(event, Event::DeadlineReached);
-        let commands = coordinator.handle(self.now, event);
+        let commands = coordinator.handle(now, event);
         if is_deadline {
             let deadline = coordinator.next_deadline();
             self.watch.a_deadline_lies_ahead(self.now, deadline);
+        }
+        let writes = commands.iter().any(|command| matches!(command, Command::Append(_)));
+        if writes && self.strikes(Fault::LogError, 2) {
+            self.tell(|| "the log cannot be written".to_owned());
+            self.crash_coordinator();
+            return false;
         }
         let dies = commands.len() > 1 && self.strikes(Fault::CoordinatorCrash, 2);
         if dies {
@@ -244,6 +295,9 @@ impl World {
             Command::Append(record) => self.append(record),
             Command::Send { worker, order } => {
                 self.watch.a_generation_is_durable_before_it_is_announced(&order);
+                if self.tamper == Tamper::KeepsTheEnd && matches!(order, Order::Finish { .. }) {
+                    return;
+                }
                 if let Some(&session) = self.office.current.get(&worker) {
                     self.tell(|| format!("  to {worker}: {order:?}"));
                     let coordinator = self.office.coordinator.as_ref().expect("the office is up");
@@ -269,6 +323,7 @@ impl World {
     }
 
     fn append(&mut self, record: Record) {
+        let record = self.tampered(record);
         let is_step = matches!(record, Record::StepAdopted { .. });
         let is_generation = matches!(record, Record::GenerationOpened { .. });
         let is_lost = (is_step && self.tamper == Tamper::LosesSteps)
@@ -278,7 +333,45 @@ impl World {
         }
         self.tell(|| format!("  record {record:?}"));
         self.watch_record(&record);
-        self.log.push(record);
+        self.log.push(record.clone());
+        match (self.tamper, &record) {
+            (Tamper::AdoptsTwice, Record::StepAdopted { .. }) => self.watch_record(&record),
+            (Tamper::OpensAfterTheEnd, Record::RunFinished { .. }) => {
+                let ledger = &self.watch.durable;
+                let (generation, members) = (ledger.generation.next(), ledger.members.clone());
+                let (planned, reason) = (false, "it goes on".to_owned());
+                self.watch_record(&Record::GenerationOpened {
+                    generation,
+                    members,
+                    planned,
+                    reason,
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn tampered(&self, record: Record) -> Record {
+        match (self.tamper, record) {
+            (Tamper::SkipsAStep, Record::StepAdopted { step, generation, metrics, applied_at }) => {
+                Record::StepAdopted { step: step.next(), generation, metrics, applied_at }
+            }
+            (
+                Tamper::AdoptsFromThePast,
+                Record::StepAdopted { step, generation, metrics, applied_at },
+            ) if self.watch.durable.intact == Some(generation) => {
+                let generation = Generation(generation.0 - 1);
+                Record::StepAdopted { step, generation, metrics, applied_at }
+            }
+            (
+                Tamper::SkipsAGeneration,
+                Record::GenerationOpened { generation, members, planned, reason },
+            ) => {
+                let generation = generation.next();
+                Record::GenerationOpened { generation, members, planned, reason }
+            }
+            (_, record) => record,
+        }
     }
 
     fn set_alarm(&mut self) {

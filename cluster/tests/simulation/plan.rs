@@ -15,6 +15,20 @@ pub(crate) enum Fault {
     Freeze,
     /// A session breaks; what was in flight is lost.
     CutSession,
+    /// For a while nothing passes in one direction of a session; then all of it, or the session breaks.
+    OneWay,
+    /// A report reaches the coordinator a second time, later.
+    Duplicate,
+    /// A trainer hangs for ever while its process goes on beating.
+    Hang,
+    /// A worker takes twice as long as the others for a while.
+    Slow,
+    /// All workers take twice as long for a while.
+    Overload,
+    /// A worker cannot read the checkpoint that a generation is to start from.
+    LoadError,
+    /// The log cannot be written: the coordinator ends before anything of a batch has taken effect.
+    LogError,
     /// The connections between the members of a generation break.
     Glitch,
     /// The upload of a share or the commit of a manifest fails.
@@ -29,22 +43,31 @@ pub(crate) enum Fault {
     Drain,
     /// A worker is told to stop.
     Stop,
+    /// An operator wants another number of workers.
+    Resize,
 }
 
 /// The faults after which nothing may be lost or computed twice.
-const GENTLE: [Fault; 3] = [Fault::Join, Fault::Drain, Fault::Stop];
+const GENTLE: [Fault; 4] = [Fault::Join, Fault::Drain, Fault::Stop, Fault::Resize];
 
 /// The faults after which nobody who lives may be taken for dead.
-const CALM: [Fault; 6] = [
+const CALM: [Fault; 12] = [
+    Fault::Resize,
     Fault::Join,
     Fault::Drain,
     Fault::Stop,
     Fault::StoreError,
     Fault::CoordinatorCrash,
     Fault::CoordinatorSleep,
+    Fault::Duplicate,
+    Fault::Slow,
+    Fault::Overload,
+    Fault::LoadError,
+    Fault::LogError,
 ];
 
-const ALL: [Fault; 10] = [
+const ALL: [Fault; 18] = [
+    Fault::Resize,
     Fault::Crash,
     Fault::Freeze,
     Fault::CutSession,
@@ -55,6 +78,13 @@ const ALL: [Fault; 10] = [
     Fault::Join,
     Fault::Drain,
     Fault::Stop,
+    Fault::OneWay,
+    Fault::Duplicate,
+    Fault::Hang,
+    Fault::Slow,
+    Fault::Overload,
+    Fault::LoadError,
+    Fault::LogError,
 ];
 
 #[derive(Debug, Clone)]
@@ -103,7 +133,7 @@ impl Plan {
         };
         let faults = kinds.iter().copied().filter(|_| chance.percent(50)).collect();
         let workers = expected + chance.between(0..=1);
-        let fault_every_ms = chance.between(300..=4_000);
+        let fault_every_ms = chance.between(150..=3_000);
         let quiet_ms = chance.between(5_000..=30_000);
         let delay_ms = chance.between(1..=20);
         let config = config.validated().expect("the plan fits together");

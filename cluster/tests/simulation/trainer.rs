@@ -13,7 +13,8 @@ use crate::{
     chance::mix,
     host::Inside,
     plan::Fault,
-    world::{Happening, Tamper, World},
+    tamper::Tamper,
+    world::{Happening, World},
 };
 
 /// Parts of a checkpoint, whatever the number of workers.
@@ -62,6 +63,11 @@ pub(crate) struct Trainer {
     leaves: bool,
     /// What waits for the end of the optimizer update, which nothing interrupts.
     queued: Vec<Action>,
+    /// It does nothing any more.
+    pub(crate) hangs: bool,
+    pub(crate) slow_until: Timestamp,
+    /// The token of what it does, and since when.
+    noted: (u64, Timestamp),
 }
 
 /// A piece of a trainer's work.
@@ -69,12 +75,20 @@ pub(crate) struct Trainer {
 pub(crate) enum Work {
     Reached,
     Formed(State),
+    /// Members have not come to the formation in time.
+    Waited,
     Computed,
-    Summed { leaves: bool },
+    Summed {
+        leaves: bool,
+    },
     Evaluated,
     Updated,
     Lost(Option<Rank>),
-    Uploaded { generation: Generation, step: Step, outcome: Result<Share, String> },
+    Uploaded {
+        generation: Generation,
+        step: Step,
+        outcome: Result<Share, String>,
+    },
 }
 
 /// What the members of a generation come together for.
@@ -108,6 +122,17 @@ impl Trainer {
         }
     }
 
+    /// Since when it does what it does.
+    pub(crate) fn phase_since(&self) -> Timestamp {
+        self.noted.1
+    }
+
+    pub(crate) fn note_phase(&mut self, now: Timestamp) {
+        if self.noted.0 != self.token {
+            self.noted = (self.token, now);
+        }
+    }
+
     fn turn_to(&mut self, doing: Doing) -> u64 {
         self.doing = doing;
         self.token += 1;
@@ -132,7 +157,8 @@ impl World {
     /// The agent asks the trainer for something.
     pub(crate) fn acted(&mut self, worker: WorkerId, action: Action) {
         let caught = self.quiet.is_none() && self.chance.percent(5);
-        if self.process(worker).is_exiting() {
+        let tamper = self.tamper;
+        if self.process(worker).is_exiting() || self.trainer(worker).hangs {
             return;
         }
         let trainer = self.trainer(worker);
@@ -155,6 +181,9 @@ impl World {
                 }
             }
             Action::LeaveAfterStep { generation } => {
+                if tamper == Tamper::LeavesAtOnce {
+                    return self.lost(worker, None);
+                }
                 trainer.leave_asked |= trainer.generation() == Some(generation);
             }
             Action::CheckpointAt { step } => {
@@ -173,7 +202,7 @@ impl World {
         (trainer.leave_asked, trainer.leaves) = (false, false);
         trainer.turn_to(Doing::Forming);
         let slow = self.chance.percent(10);
-        let delay = self.chance.between(if slow { 20..=1_000 } else { 1..=20 });
+        let delay = self.chance.between(if slow { 20..=500 } else { 1..=20 });
         self.work(worker, delay, Work::Reached);
     }
 
@@ -189,13 +218,14 @@ impl World {
             self.notify(worker, Notice::ShareSaved { generation, step, outcome });
             return self.end_if_done(worker);
         }
-        if token != trainer.token {
+        if token != trainer.token || trainer.hangs {
             return;
         }
         let state = trainer.state.unwrap_or_default();
         match work {
             Work::Reached => self.arrive(worker, Meeting::Form),
             Work::Formed(state) => self.formed(worker, state),
+            Work::Waited => self.waited(worker),
             Work::Computed => {
                 trainer.turn_to(Doing::Summing);
                 self.arrive(worker, Meeting::Sum(state.step.next()));
@@ -220,13 +250,15 @@ impl World {
 
     fn formed(&mut self, worker: WorkerId, state: State) {
         let metrics = self.metrics(state.step);
+        let is_wrong = self.tamper == Tamper::FormsWrongly && self.chance.percent(10);
+        let wrong = u64::from(is_wrong);
         let trainer = self.trainer(worker);
         let generation = trainer.generation().expect("it forms a generation");
         let took_part = trainer.state == Some(state) && state.step > Step(0);
         let notice = Notice::Formed {
             generation,
             step: state.step,
-            digest: format!("{:016x}", state.hash),
+            digest: format!("{:016x}", state.hash ^ wrong),
             begun: trainer.begun,
             stopped_at: trainer.stopped_at.take(),
             metrics: took_part.then_some(metrics),
@@ -275,11 +307,15 @@ impl World {
         if trainer.leaves {
             trainer.group = None;
             self.notify(worker, Notice::LeftTogether { generation });
-        } else if self.plan.config.evaluates_at(state.step) {
+        } else if self.plan.config.evaluates_at(state.step) && !self.skips_evaluation() {
             self.evaluate(worker);
         } else {
             self.go_on(worker);
         }
+    }
+
+    fn skips_evaluation(&mut self) -> bool {
+        self.tamper == Tamper::SkipsEvaluations && self.chance.percent(30)
     }
 
     fn evaluate(&mut self, worker: WorkerId) {
@@ -300,7 +336,7 @@ impl World {
         trainer.begun = step.next();
         trainer.turn_to(Doing::Computing);
         let mean = self.plan.step_ms;
-        let delay = self.chance.between(mean / 2..=mean + mean / 2);
+        let delay = self.chance.between(mean / 2..=mean + mean / 2) * self.slowness(worker);
         self.work(worker, delay, Work::Computed);
     }
 
@@ -310,20 +346,23 @@ impl World {
         let generation = trainer.generation().expect("it ends in a generation");
         if !trainer.uploading.contains(&(generation, state.step)) {
             trainer.turn_to(Doing::Idle);
-            let state_sha256 = format!("{:016x}", state.hash);
+            let wrong = u64::from(self.tamper == Tamper::EndsWrongly);
+            let state_sha256 = format!("{:016x}", state.hash ^ wrong);
             self.notify(worker, Notice::Finished { generation, step: state.step, state_sha256 });
         }
     }
 
     /// Writes this worker's share of the state in the background.
     fn upload(&mut self, worker: WorkerId) {
+        let tamper = self.tamper;
         let trainer = self.trainer(worker);
         let state = trainer.state.expect("there is a state to keep");
         let group = trainer.group.as_ref().expect("it is in a generation");
         let (generation, step) = (group.generation, state.step);
         let ranks = u32::try_from(group.members.len()).expect("they are few");
         let parts = (0..PARTS).filter(|index| index % ranks == trainer.rank.0);
-        let digest = format!("{:016x}", state.hash);
+        let is_wrong = tamper == Tamper::WritesWrongly && trainer.rank == Rank(0);
+        let digest = format!("{:016x}", state.hash ^ u64::from(is_wrong));
         let share = Share {
             step,
             parts: parts.map(|index| Part { index, bytes: 1, digest: digest.clone() }).collect(),
@@ -418,7 +457,20 @@ impl World {
         mesh.arrived.insert(worker);
         if mesh.arrived.len() == mesh.members.len() {
             self.meet(group.generation);
+        } else if meeting == Meeting::Form {
+            let patience = self.plan.config.timeouts.form.as_millis();
+            let patience = u64::try_from(patience).expect("it is short");
+            self.work(worker, patience, Work::Waited);
         }
+    }
+
+    /// A formation has lasted for too long: whoever has not come is named.
+    fn waited(&mut self, worker: WorkerId) {
+        let group = self.trainer(worker).group.clone().expect("it forms a generation");
+        let mesh = &self.meshes[&group.generation];
+        let missing = mesh.members.iter().find(|member| !mesh.arrived.contains(member));
+        let missing = missing.and_then(|&member| group.rank_of(member));
+        self.lost(worker, missing);
     }
 
     /// All members have come: the meeting succeeds, though not all may get to know.
@@ -437,6 +489,7 @@ impl World {
             Meeting::Evaluate(_) => {}
         }
         let leaves = self.trainer(members[0]).leave_asked;
+        let unreadable = self.is_unreadable(meeting, best, &members);
         for worker in members {
             let group = self.trainer(worker).group.clone().expect("it has arrived");
             let work = match meeting {
@@ -448,8 +501,20 @@ impl World {
                 Meeting::Evaluate(_) => Work::Evaluated,
             };
             let delay = self.delay();
-            self.work(worker, delay, work);
+            self.work(worker, delay, if unreadable { Work::Lost(None) } else { work });
         }
+    }
+
+    /// Whether the checkpoint that the members would have to start from cannot be read.
+    fn is_unreadable(
+        &mut self,
+        meeting: Meeting,
+        best: Option<State>,
+        members: &[WorkerId],
+    ) -> bool {
+        let group = self.trainer(members[0]).group.as_ref().expect("it has arrived");
+        let needed = group.checkpoint > best.map(|state| state.step);
+        meeting == Meeting::Form && needed && self.strikes(Fault::LoadError, 30)
     }
 
     /// This worker's connections close. The others see it unless its machine went with it.

@@ -1,7 +1,7 @@
 //! The world of one seed: what is to happen, in order of time, and to whom.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
@@ -14,33 +14,14 @@ use crate::{
     network::{Down, Session, Up},
     office::Office,
     plan::{Fault, Plan},
+    tamper::Tamper,
     trainer::Mesh,
 };
 
 /// When it all begins.
 const START: Timestamp = Timestamp(1_000_000);
 /// How long a run may take once nothing goes wrong any more, beside its steps.
-const LIVENESS_BOUND: Duration = Duration::from_secs(40);
-
-/// A bug put into the world on purpose, to show that an invariant can fail.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Tamper {
-    Nothing,
-    /// The host announces generations that it has not made durable.
-    AnnouncesBeforeDurable,
-    /// The host loses the records of steps.
-    LosesSteps,
-    /// The host never calls the coordinator at its deadlines.
-    MissesDeadlines,
-    /// The host lets reports of an older generation pass as news.
-    PassesOldNews,
-    /// A worker adds wrongly, once in a while.
-    AddsWrongly,
-    /// The lowest step wins when a generation forms.
-    LowestStepWins,
-    /// Members that are ordered into a new generation go on in the old one as well.
-    KeepsTraining,
-}
+const LIVENESS_BOUND: Duration = Duration::from_secs(60);
 
 /// Something that is to happen.
 #[derive(Debug, Clone)]
@@ -50,9 +31,11 @@ pub(crate) enum Happening {
     SessionEndSeen { session: u64 },
     Inside { worker: WorkerId, what: Inside },
     Thaw { worker: WorkerId },
+    Healed { session: u64, survives: bool },
     Exited { worker: WorkerId },
     Committed { life: u64, step: Step, failed: bool },
     Requested { worker: WorkerId },
+    Resized { workers: u32 },
     Alarm { life: u64 },
     CoordinatorStart,
     CoordinatorWake,
@@ -80,19 +63,42 @@ pub(crate) struct World {
     pub(crate) meshes: BTreeMap<Generation, Mesh>,
     pub(crate) watch: Watch,
     pub(crate) quiet: Option<Timestamp>,
+    /// Until when all machines have too much to do.
+    overload: Timestamp,
+    pub(crate) faults: u64,
     /// What happened last, and how much of it is kept.
     story: VecDeque<String>,
     story_max: usize,
 }
 
 /// What a run of the simulation came to.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Summary {
+    pub(crate) seeds: u64,
     pub(crate) events: u64,
+    /// Faults that struck.
+    pub(crate) faults: u64,
+    /// How often an invariant was looked at.
+    pub(crate) checks: u64,
     pub(crate) generations: u64,
     pub(crate) repeated: u64,
     /// Virtual time from the last fault to the end of the run.
     pub(crate) settled_ms: u64,
+    /// The names of the invariants that were looked at.
+    pub(crate) looked_at: BTreeSet<&'static str>,
+}
+
+impl Summary {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.seeds += other.seeds;
+        self.events += other.events;
+        self.faults += other.faults;
+        self.checks += other.checks;
+        self.generations += other.generations;
+        self.repeated += other.repeated;
+        self.settled_ms = self.settled_ms.max(other.settled_ms);
+        self.looked_at.extend(&other.looked_at);
+    }
 }
 
 /// Runs one seed to its end.
@@ -123,6 +129,8 @@ impl World {
             meshes: BTreeMap::new(),
             watch: Watch::new(seed, &plan),
             quiet: None,
+            overload: START,
+            faults: 0,
             story: VecDeque::new(),
             story_max,
             plan,
@@ -162,7 +170,11 @@ impl World {
         let ledger = &self.watch.durable;
         let end = self.quiet.unwrap_or(self.now);
         Ok(Summary {
+            seeds: 1,
             events,
+            faults: self.faults,
+            checks: self.watch.checks,
+            looked_at: self.watch.looked_at.clone(),
             generations: ledger.generation.0,
             repeated: ledger.repeated,
             settled_ms: u64::try_from(self.now.since(end).as_millis()).unwrap_or(u64::MAX),
@@ -202,6 +214,7 @@ impl World {
             | Happening::Exited { .. }
             | Happening::Committed { .. }
             | Happening::Requested { .. }
+            | Happening::Resized { .. }
             | Happening::Alarm { .. } => self.at_the_office(happening),
             Happening::CoordinatorStart => self.start_coordinator(),
             Happening::CoordinatorWake => self.wake_coordinator(),
@@ -220,6 +233,7 @@ impl World {
                 }
             }
             Happening::Thaw { worker } => self.thaw(worker),
+            Happening::Healed { session, survives } => self.heal(session, survives),
             Happening::Arrival => {
                 if self.watch.durable.outcome.is_none() {
                     self.start_worker();
@@ -260,11 +274,25 @@ impl World {
         self.after(next, Happening::NextFault);
         let alive: Vec<_> = self.workers.keys().copied().collect();
         let victim = self.chance.pick(&alive);
-        match (self.chance.pick(&self.plan.faults.clone()), victim) {
+        if let (Tamper::ReportsFalseDeaths, Some(worker)) = (self.tamper, victim) {
+            self.after(0, Happening::Exited { worker });
+        }
+        let fault = self.chance.pick(&self.plan.faults.clone());
+        self.faults += u64::from(fault.is_some() && victim.is_some());
+        match (fault, victim) {
             (Some(Fault::Crash), Some(worker)) => self.crash(worker),
             (Some(Fault::Freeze), Some(worker)) => self.freeze(worker),
             (Some(Fault::CutSession), Some(worker)) => self.cut_session_of(worker),
+            (Some(Fault::OneWay), Some(worker)) => self.block_one_way(worker),
             (Some(Fault::Glitch), _) => self.glitch(),
+            (Some(Fault::Hang), Some(worker)) => self.hang(worker),
+            (Some(Fault::Slow), Some(worker)) => {
+                let until = self.now + Duration::from_millis(self.chance.between(500..=20_000));
+                self.process(worker).trainer.slow_until = until;
+            }
+            (Some(Fault::Overload), _) => {
+                self.overload = self.now + Duration::from_millis(self.chance.between(500..=20_000));
+            }
             (Some(Fault::CoordinatorCrash), _) => self.crash_coordinator(),
             (Some(Fault::CoordinatorSleep), _) => self.put_coordinator_to_sleep(),
             (Some(Fault::Join), _) if alive.len() < 10 && self.births < 24 => {
@@ -273,6 +301,12 @@ impl World {
             (Some(Fault::Drain), Some(worker)) => {
                 self.workers.get_mut(&worker).expect("the victim lives").told_to_leave = true;
                 self.after(0, Happening::Requested { worker });
+            }
+            (Some(Fault::Resize), _) => {
+                let most = u64::from(self.plan.config.virtual_ranks);
+                let workers = self.chance.between(u64::from(self.plan.config.workers_min)..=most);
+                let workers = u32::try_from(workers).expect("it is small");
+                self.after(0, Happening::Resized { workers });
             }
             (Some(Fault::Stop), Some(worker)) => {
                 self.workers.get_mut(&worker).expect("the victim lives").told_to_leave = true;
@@ -286,11 +320,36 @@ impl World {
         let frozen = self.workers.get_mut(&worker).expect("the victim lives");
         if frozen.backlog.is_none() {
             frozen.backlog = Some(Vec::new());
+            frozen.was_frozen = true;
             let long = self.chance.percent(50);
             let ms = self.chance.between(if long { 2_000..=9_000 } else { 10..=700 });
             self.tell(|| format!("{worker} is frozen for {ms} ms"));
             self.after(ms, Happening::Thaw { worker });
         }
+    }
+
+    /// The trainer does nothing any more, and the process goes on beating. One at a time: if all
+    /// trainers hang after their last step, no rule finds them yet.
+    fn hang(&mut self, worker: WorkerId) {
+        if self.workers.len() < 2 || self.workers.values().any(|other| other.trainer.hangs) {
+            return;
+        }
+        self.tell(|| format!("the trainer of {worker} hangs"));
+        self.process(worker).trainer.hangs = true;
+        if self.births < 24 {
+            let delay = self.chance.between(200..=5_000);
+            self.after(delay, Happening::Arrival);
+        }
+    }
+
+    /// How many times longer than usual this worker computes.
+    pub(crate) fn slowness(&mut self, worker: WorkerId) -> u64 {
+        if self.quiet.is_some() {
+            return 1;
+        }
+        let now = self.now;
+        let is_slow = now < self.process(worker).trainer.slow_until;
+        1 + u64::from(now < self.overload) + u64::from(is_slow)
     }
 
     /// Nothing goes wrong from now on, and there are enough workers.
@@ -299,7 +358,9 @@ impl World {
         self.tell(|| "nothing goes wrong from now on".to_owned());
         let frozen: Vec<_> = self.workers.keys().copied().collect();
         frozen.into_iter().for_each(|worker| self.thaw(worker));
-        let stays = |worker: &&Worker| !worker.told_to_leave && !worker.is_exiting();
+        let stays = |worker: &&Worker| {
+            !worker.told_to_leave && !worker.is_exiting() && !worker.trainer.hangs
+        };
         let staying = self.workers.values().filter(stays).count() as u64;
         for _ in staying..u64::from(self.plan.config.workers_expected) {
             self.after(0, Happening::Arrival);
@@ -309,12 +370,18 @@ impl World {
     pub(crate) fn is_late(&self) -> bool {
         let steps = Duration::from_millis(self.plan.step_ms) * 2;
         let steps = steps * u32::try_from(self.plan.config.steps_total.0).expect("it is small");
-        self.quiet.is_some_and(|quiet| self.now.since(quiet) > LIVENESS_BOUND + steps)
+        // Whoever hangs in the first step or the first evaluation is found late, one after another.
+        let timeouts = self.plan.config.timeouts;
+        let hangs = self.plan.has(Fault::Hang);
+        let hangs = if hangs { timeouts.first_evaluation() * 4 } else { Duration::ZERO };
+        self.quiet.is_some_and(|quiet| self.now.since(quiet) > LIVENESS_BOUND + steps + hangs)
     }
 
     /// The fault strikes, where it can strike and this is such a moment.
     pub(crate) fn strikes(&mut self, fault: Fault, percent: u64) -> bool {
-        self.quiet.is_none() && self.plan.has(fault) && self.chance.percent(percent)
+        let strikes = self.quiet.is_none() && self.plan.has(fault) && self.chance.percent(percent);
+        self.faults += u64::from(strikes);
+        strikes
     }
 
     pub(crate) fn delay(&mut self) -> u64 {
