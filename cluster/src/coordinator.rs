@@ -113,6 +113,18 @@ impl Coordinator {
         config: RunConfig,
         records: impl IntoIterator<Item = &'a Record>,
     ) -> Self {
+        Self::restore_as(now, config, Term::default(), records)
+    }
+
+    /// As [`Coordinator::restore`], for the holder of the lease of the term `claimed`. Terms that were
+    /// claimed by others and never led are recorded as well, so that terms stay without gaps.
+    #[must_use]
+    pub fn restore_as<'a>(
+        now: Timestamp,
+        config: RunConfig,
+        claimed: Term,
+        records: impl IntoIterator<Item = &'a Record>,
+    ) -> Self {
         let mut ledger = Ledger::default();
         let mut is_new = true;
         for record in records {
@@ -141,7 +153,8 @@ impl Coordinator {
             Phase::Forming { formed: BTreeMap::new(), blamed: BTreeMap::new(), deadline }
         };
         let turned = ledger.intact.is_none() || ledger.formed;
-        let term = ledger.term.next();
+        let first = ledger.term.next();
+        let last = first.max(claimed);
         let mut coordinator = Self {
             config,
             ledger,
@@ -168,7 +181,9 @@ impl Coordinator {
             let config = Box::new(coordinator.config.clone());
             coordinator.record(Record::RunCreated { config });
         }
-        coordinator.record(Record::TermStarted { term });
+        for term in (first.0..=last.0).map(Term) {
+            coordinator.record(Record::TermStarted { term });
+        }
         coordinator
     }
 

@@ -39,6 +39,7 @@
 //! | `event`, `command`, `record` | what goes in, what comes out, what is durable |
 //! | `coordinator` | the machine of the coordinator; `change`: who comes and goes; `results`: what counts |
 //! | `membership`, `ledger` | the workers it knows; what it must never forget |
+//! | `leadership` | who leads: the lease, and the term that fences leaders before |
 //! | `progress` | how long phases take, and who keeps the others waiting |
 //! | `participant` | the machine of a worker |
 //! | `audit` | what a log proves, or the first record that cannot be true |
@@ -53,6 +54,7 @@ mod coordinator;
 mod event;
 mod fingerprint;
 mod ids;
+mod leadership;
 mod ledger;
 mod membership;
 mod participant;
@@ -68,6 +70,7 @@ pub use event::{
 };
 pub use fingerprint::{Fingerprint, FingerprintMismatch};
 pub use ids::{Epoch, Generation, InvalidRunId, Rank, RunId, Step, Term, VirtualRank, WorkerId};
+pub use leadership::{Claim, Due, Found, Leadership};
 pub use ledger::{Ledger, Outcome};
 pub use membership::{Membership, Worker};
 pub use participant::{Action, Exit, Notice, Participant, State};

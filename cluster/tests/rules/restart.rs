@@ -178,3 +178,15 @@ fn who_was_on_its_way_out_when_the_coordinator_died_does_not_keep_the_others() {
     assert_eq!(losses(&commands), [B]);
     assert!(!forms(&commands)[&A].planned);
 }
+
+#[test]
+fn the_holder_of_a_later_claim_records_the_terms_that_nobody_led() {
+    let log = Table::training(&[A]).log;
+    let config = Table::training(&[A]).coordinator.config().clone();
+    let now = cluster::Timestamp(9_000);
+    let mut coordinator = cluster::Coordinator::restore_as(now, config, Term(4), log.iter());
+    let commands = coordinator.handle(now, Event::DeadlineReached);
+    let wanted = [Term(2), Term(3), Term(4)];
+    let appended = wanted.map(|term| cluster::Command::Append(Record::TermStarted { term }));
+    assert_eq!(commands[..3], appended);
+}
