@@ -5,6 +5,8 @@
 //! times of the whole process, so a busy machine disturbs them little; the first step, which finds its memory, is not
 //! counted.
 
+pub mod exits;
+
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;

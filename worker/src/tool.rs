@@ -15,7 +15,7 @@ use cluster::Step;
 use recipe::Recipe;
 
 use crate::{
-    bench,
+    bench::{self, exits::Output},
     setup::{adamw, architecture},
     train::{TrainState, checkpoints},
 };
@@ -33,6 +33,9 @@ pub enum Tool {
     /// Measure CPU time and memory of a training step, on made images.
     #[command(bin_name = "percheron bench step")]
     BenchStep(bench::Options),
+    /// Measure latency, throughput and memory of early exit, on made images.
+    #[command(bin_name = "percheron bench exits")]
+    BenchExits(bench::exits::Options),
 }
 
 impl Tool {
@@ -41,6 +44,7 @@ impl Tool {
     pub fn threads(&self) -> usize {
         match self {
             Self::BenchStep(options) => options.threads,
+            Self::BenchExits(options) => options.threads,
             Self::Import(_) | Self::Export(_) | Self::Model(_) => 1,
         }
     }
@@ -57,6 +61,14 @@ impl Tool {
             Self::BenchStep(options) => {
                 let report = bench::run(&options)?;
                 say(&if options.json { report.json() } else { report.to_string() });
+                Ok(())
+            }
+            Self::BenchExits(options) => {
+                say(&match bench::exits::run(&options)? {
+                    Output::Report(report) if options.json => report.json(),
+                    Output::Report(report) => report.to_string(),
+                    Output::PeakMb(peak) => peak.to_string(),
+                });
                 Ok(())
             }
         }

@@ -23,6 +23,9 @@ pub(crate) enum Command {
     /// CPU time and memory of a training step: `percheron bench step --model NAME`.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Step(worker::Arguments),
+    /// Latency, throughput and memory of early exit at budgets: `percheron bench exits --model NAME`.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Exits(worker::Arguments),
     /// How many training images a core prepares in a second: decode, crop, resize, flip, normalise.
     Data(Data),
     /// What reading a sample costs: finding it, reading it and checking it, without decoding.
@@ -82,6 +85,7 @@ struct Figures {
 pub(crate) fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Step(arguments) => return worker::run_tool("bench-step", arguments),
+        Command::Exits(arguments) => return worker::run_tool("bench-exits", arguments),
         Command::Data(data) => run_data(&data)?,
         Command::Reader(reader) => run_reader(&reader)?,
     }
