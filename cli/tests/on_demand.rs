@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use short_run::{command, text};
+use short_run::{command, summary, text};
 
 /// Enough for the questions of the test.
 const STEPS: &str = "max_steps=60";
@@ -23,7 +23,7 @@ fn the_state_is_kept_when_somebody_asks_and_an_ended_run_says_so() {
     };
     let mut up = command(&run_dir, 2);
     up.args(["--set", STEPS, "--set", "checkpoint.every_steps=0"]); // Only the last is kept by itself.
-    let mut up = up.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut up = up.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(up.stderr.take().unwrap()).lines().map(Result::unwrap);
     lines.find(|line| line.contains("from step 0")).expect("it trains");
     let reading = std::thread::spawn(move || lines.count());
@@ -39,8 +39,9 @@ fn the_state_is_kept_when_somebody_asks_and_an_ended_run_says_so() {
     let verified = percheron(&["checkpoints", "verify"]);
     assert!(verified.status.success(), "{}", text(&verified.stderr));
 
-    assert!(up.wait().unwrap().success());
     reading.join().unwrap();
+    let ended = summary(&up.wait_with_output().unwrap(), "the run that was asked");
+    assert_eq!(ended["repeated_steps"], 0);
     let refused = percheron(&["checkpoint"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(text(&refused.stderr).contains("coordinator"), "{}", text(&refused.stderr));

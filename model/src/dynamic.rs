@@ -7,7 +7,7 @@
 pub type Confidences = [Vec<f32>; 4];
 
 /// Above every confidence: nobody leaves here.
-const NEVER: f32 = 1e8;
+pub const NEVER: f32 = 1e8;
 
 /// The shares of samples that should leave at each exit, for 33 budgets from cheap to expensive.
 ///

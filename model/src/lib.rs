@@ -10,6 +10,7 @@
 mod attention;
 mod backbone;
 mod draws;
+mod early;
 mod elementwise;
 mod exchange;
 mod exit;
@@ -37,6 +38,7 @@ pub mod schedule;
 pub use config::{Architecture, ConfigError, ModelConfig};
 pub use cost::{Cost, StageSize};
 pub use draws::Draws;
+pub use early::{Answers, confidences};
 pub use ema::Ema;
 pub use exit::{EXIT_NAMES, Exits};
 pub use loss::{LossConfig, Losses, Targets, multi_exit};

@@ -15,6 +15,7 @@ use crate::config::Architecture;
 use crate::draws::Draws;
 use crate::exchange::{FeatureWrite, LatentRead};
 use crate::exit::{ClassifierSize, Exits, FeatureClassifier, KnowledgeTransfer, MergeClassifier};
+use crate::fused;
 use crate::init::Init;
 use crate::latent::{LatentSize, LatentStage, LatentTransition};
 use crate::layers::{Dropout, Linear, Mode};
@@ -27,7 +28,7 @@ pub use libtorch::ShimError as GradientError;
 /// Its tensors are views of the weights' flat tensors: what an optimizer writes there, the next forward sees.
 #[derive(Debug)]
 pub struct Network {
-    parts: Parts,
+    pub(crate) parts: Parts,
     leaves: Vec<Tensor>,
 }
 
@@ -185,45 +186,108 @@ impl Stage {
     }
 }
 
+/// A pass that has come to an exit of the latents. Axes as in the file; C is that of the stage reached.
+#[derive(Debug)]
+pub(crate) struct Reached {
+    /// `[B, N, C]`
+    z: Tensor,
+    /// What the next stage of the CNN takes, `[B, C, H, W]`.
+    x: Tensor,
+    /// The mean of `z` over its tokens, `[B, C]`.
+    code: Tensor,
+    /// Of the exit, `[B, K]`.
+    pub(crate) logits: Tensor,
+}
+
+impl Reached {
+    /// The samples at `rows` `[B′]`, i64, and no others.
+    pub(crate) fn only(&self, rows: &Tensor) -> Reached {
+        let [z, code, logits] =
+            [&self.z, &self.code, &self.logits].map(|tensor| tensor.index_select(0, rows));
+        Reached { z, x: samples(&self.x, rows), code, logits }
+    }
+}
+
 impl Parts {
     fn forward(&self, images: &Tensor, mode: Mode) -> Exits {
+        let reached = self.to_early3(images, mode);
+        let early3 = reached.logits.shallow_clone(); // [B, K]
+        let reached = self.to_att(reached, mode);
+        let att = reached.logits.shallow_clone(); // [B, K]
+        let x = self.features(&reached, mode); // [B, Cout, H/16, W/16]
+
+        // Without a last write the merge exit sees what dropout left, as in the reference (SPEC §17, Q12).
+        let pooled = self.dropout_pooled.forward(average(&x), mode); // [B, Cout]
+        let cnn = self.classify_cnn.forward(&pooled, mode); // [B, K]
+        let merge = self.merge(&reached, &x, pooled, mode); // [B, K]
+        Exits { early3, att, cnn, merge }
+    }
+
+    /// As far as the exit `early3`: CNN stages 1 and 2.
+    pub(crate) fn to_early3(&self, images: &Tensor, mode: Mode) -> Reached {
         let x = self.backbone.stem(&laid_out(images), mode); // [B, C1, H, W]
         let z = self.latent.expand([images.size()[0], -1, -1], false); // [B, N, C1]
-        let (z, x) = self.stages[0].forward(z, x, mode);
-        let x = self.backbone.stage(0, &x, mode); // [B, C2, H/2, W/2]
+        let (mut z, mut x) = self.stages[0].forward(z, x, mode);
+        x = self.backbone.stage(0, &x, mode); // [B, C2, H/2, W/2]
 
-        let z = self.transitions[0].forward(&z); // [B, N/2, C2]
-        let (z, x) = self.stages[1].forward(z, x, mode);
-        let x = self.backbone.stage(1, &x, mode); // [B, C3, H/4, W/4]
+        z = self.transitions[0].forward(&z); // [B, N/2, C2]
+        (z, x) = self.stages[1].forward(z, x, mode);
+        x = self.backbone.stage(1, &x, mode); // [B, C3, H/4, W/4]
 
-        let z = self.transitions[1].forward(&z); // [B, N/4, C3]
-        let (z, x) = self.stages[2].forward(z, x, mode);
-        let early3 = self.classify_early.forward(&token_mean(&z)); // [B, K]
+        z = self.transitions[1].forward(&z); // [B, N/4, C3]
+        (z, x) = self.stages[2].forward(z, x, mode);
+        let code = token_mean(&z); // [B, C3]
+        let logits = self.classify_early.forward(&code); // [B, K]
+        Reached { z, x, code, logits }
+    }
+
+    /// On to the exit `att`: CNN stage 3.
+    pub(crate) fn to_att(&self, early: Reached, mode: Mode) -> Reached {
+        let Reached { z, x, logits, .. } = early;
         let x = self.backbone.stage(2, &x, mode); // [B, C4, H/8, W/8]
-
         let z = self.transitions[2].forward(&z); // [B, N/8, C4]
         let (z, x) = self.stages[3].forward(z, x, mode);
         let code = token_mean(&z); // [B, C4]
-        let att = match &self.transfer {
-            Some([to_att, _]) => Tensor::cat(&[&code, &to_att.forward(&early3, mode)], 1),
+        let joint = match &self.transfer {
+            Some([to_att, _]) => Tensor::cat(&[&code, &to_att.forward(&logits, mode)], 1),
             None => code.shallow_clone(),
         };
-        let att = self.classify_att.forward(&att); // [B, K]
-        let x = self.backbone.stage(3, &x, mode); // [B, Cout, H/16, W/16]
-
-        // Without a last write the merge exit sees what dropout left, as in the reference (SPEC §17, Q12).
-        let mut pooled = self.dropout_pooled.forward(average(&x), mode); // [B, Cout]
-        let cnn = self.classify_cnn.forward(&pooled, mode); // [B, K]
-        if let Some(write) = &self.last_write {
-            pooled = average(&write.forward(&x, &z, mode));
-        }
-        let merge = match &self.transfer {
-            Some([_, to_merge]) => Tensor::cat(&[&pooled, &code, &to_merge.forward(&att, mode)], 1),
-            None => Tensor::cat(&[&pooled, &code], 1),
-        };
-        let merge = self.classify_merge.forward(&merge, mode); // [B, K]
-        Exits { early3, att, cnn, merge }
+        let logits = self.classify_att.forward(&joint); // [B, K]
+        Reached { z, x, code, logits }
     }
+
+    /// CNN stage 4: the features `[B, Cout, H/16, W/16]` that the last two exits read.
+    pub(crate) fn features(&self, att: &Reached, mode: Mode) -> Tensor {
+        self.backbone.stage(3, &att.x, mode)
+    }
+
+    /// Logits `[B, K]` of the exit `cnn` in evaluation, of `pooled` `[B, Cout]`.
+    pub(crate) fn cnn(&self, pooled: &Tensor) -> Tensor {
+        self.classify_cnn.forward(pooled, Mode::Eval)
+    }
+
+    /// Logits `[B, K]` of the exit `merge`, of the features `x` and what they were `pooled` to.
+    pub(crate) fn merge(&self, att: &Reached, x: &Tensor, pooled: Tensor, mode: Mode) -> Tensor {
+        let pooled = match &self.last_write {
+            Some(write) => average(&write.forward(x, &att.z, mode)),
+            None => pooled,
+        };
+        let joint = match &self.transfer {
+            Some([_, to_merge]) => {
+                Tensor::cat(&[&pooled, &att.code, &to_merge.forward(&att.logits, mode)], 1)
+            }
+            None => Tensor::cat(&[&pooled, &att.code], 1),
+        };
+        self.classify_merge.forward(&joint, mode)
+    }
+}
+
+/// The samples of a map at `rows` `[B′]`, i64; channels that lie next to each other still do.
+pub(crate) fn samples(x: &Tensor, rows: &Tensor) -> Tensor {
+    if fused::takes(x) {
+        return fused::by_channels(&fused::by_rows(x).index_select(0, rows));
+    }
+    x.index_select(0, rows)
 }
 
 /// Images as the convolutions take them: with channels next to each other, where all that follows keeps them.
@@ -241,6 +305,6 @@ fn token_mean(z: &Tensor) -> Tensor {
 }
 
 /// `[B, C, H, W]` to `[B, C]`.
-fn average(x: &Tensor) -> Tensor {
+pub(crate) fn average(x: &Tensor) -> Tensor {
     x.mean_dim([2_i64, 3].as_slice(), false, None)
 }

@@ -6,6 +6,7 @@
 //! counted.
 
 pub mod checkpoint;
+pub mod exits;
 
 use std::fmt;
 use std::fmt::Write as _;

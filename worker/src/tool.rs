@@ -19,7 +19,7 @@ use cluster::Step;
 use recipe::Recipe;
 
 use crate::{
-    bench,
+    bench::{self, exits::Output},
     setup::{adamw, architecture},
     train::{TrainState, checkpoints},
 };
@@ -40,6 +40,9 @@ pub enum Tool {
     /// Measure how long training waits for checkpoints, and what they cost beside it.
     #[command(bin_name = "percheron bench checkpoint")]
     BenchCheckpoint(bench::checkpoint::Options),
+    /// Measure latency, throughput and memory of early exit, on made images.
+    #[command(bin_name = "percheron bench exits")]
+    BenchExits(bench::exits::Options),
 }
 
 impl Tool {
@@ -48,6 +51,7 @@ impl Tool {
     pub fn threads(&self) -> usize {
         match self {
             Self::BenchStep(options) => options.threads,
+            Self::BenchExits(options) => options.threads,
             Self::Import(_) | Self::Export(_) | Self::Model(_) | Self::BenchCheckpoint(_) => 1,
         }
     }
@@ -72,6 +76,14 @@ impl Tool {
                 let bench = move || bench::checkpoint::run(&options);
                 let report = tokio::task::spawn_blocking(bench).await??;
                 say(&if is_json { report.json() } else { report.text() });
+                Ok(())
+            }
+            Self::BenchExits(options) => {
+                say(&match bench::exits::run(&options)? {
+                    Output::Report(report) if options.json => report.json(),
+                    Output::Report(report) => report.to_string(),
+                    Output::PeakMb(peak) => peak.to_string(),
+                });
                 Ok(())
             }
         }

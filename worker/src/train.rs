@@ -2,6 +2,7 @@
 //!
 //! It obeys between two virtual ranks and waits for nobody but its peers.
 
+mod blame;
 pub(crate) mod checkpoints;
 mod device_step;
 mod eval;
@@ -13,7 +14,7 @@ mod steps;
 
 use std::{
     collections::BTreeSet,
-    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    net::{SocketAddr, TcpListener},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -29,17 +30,18 @@ use collective::{AbortHandle, Exchange, ExchangeError, FormError, Mesh, MeshConf
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
-pub use self::{
-    checkpoints::{RestoreError, ShareBytes},
-    state::{SECTIONS, TrainState},
-};
 use self::{
+    blame::{culprit, missing, resolve},
     checkpoints::{share, share_bytes},
     eval::Evaluator,
     forming::Origin,
     memory::ShareMemory,
     step::Surroundings,
     steps::Steps,
+};
+pub use self::{
+    checkpoints::{RestoreError, ShareBytes},
+    state::{SECTIONS, TrainState},
 };
 use crate::{
     device,
@@ -557,32 +559,6 @@ fn timed(metrics: StepMetrics, elapsed: Duration, spent: Spent) -> StepMetrics {
         reduce_ms: ms(spent.reduce),
         update_ms: ms(spent.update),
         ..metrics
-    }
-}
-
-fn resolve(name: &str, address: &str) -> Result<SocketAddr, Interrupted> {
-    let unknown = |why: String| Interrupted::Forming {
-        reason: format!("the address {address} of {name} is unknown here: {why}"),
-    };
-    let mut found = address.to_socket_addrs().map_err(|error| unknown(error.to_string()))?;
-    found.next().ok_or_else(|| unknown("it has no address".to_owned()))
-}
-
-/// Whom an exchange blames.
-fn culprit(error: &ExchangeError) -> Option<Rank> {
-    match error {
-        ExchangeError::PeerLost { rank, .. } | ExchangeError::Protocol { rank, .. } => Some(*rank),
-        ExchangeError::TimedOut { ranks, .. } => ranks.0.first().copied(),
-        ExchangeError::Aborted => None,
-    }
-}
-
-/// Whom a formation missed.
-fn missing(error: &FormError) -> Option<Rank> {
-    match error {
-        FormError::Refused { rank, .. } => Some(*rank),
-        FormError::Deadline { missing, .. } => missing.first().map(|peer| peer.rank),
-        FormError::Aborted | FormError::Stale { .. } | FormError::System { .. } => None,
     }
 }
 

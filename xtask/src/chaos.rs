@@ -156,7 +156,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     println!("{steps} steps of {} workers; faults: {}", options.workers, names(&kinds));
     let mut oracle = start_oracle(workspace, steps, folder.path())?;
     let dir = folder.path().join("chaos");
-    let done = Chaos::start(workspace, options, &kinds, steps, &dir, hosts)?.run(options, steps)?;
+    let done = Chaos::start(workspace, options, &kinds, steps, &dir, hosts)?.run(options)?;
     let undisturbed = finish_oracle(&mut oracle, folder.path())?;
     let tale = read(workspace, &dir)?;
     report(options, &done, &tale, &undisturbed)
@@ -199,7 +199,8 @@ fn steps_for(workspace: &Workspace, options: &Options, folder: &Path) -> Result<
     wait_for_the_end(&mut crew, Duration::from_secs(300), |_| Ok(()))?;
     let step = read(workspace, &dir)?.step_ms().context("the trial made no step")?.max(1);
     println!("a step takes {step} ms");
-    Ok((options.minutes * 60_000.0 / step as f64) as u64 + TRIAL_STEPS)
+    let asked = Duration::from_secs_f64(options.minutes * 60.0).as_millis();
+    Ok(u64::try_from(asked).context("--minutes is too long")? / step + TRIAL_STEPS)
 }
 
 /// The same steps in one worker that nobody disturbs, at the lowest priority.
@@ -308,7 +309,7 @@ impl<'a> Chaos<'a> {
         Ok(Self { crew, plan, burners })
     }
 
-    fn run(mut self, options: &Options, _steps: u64) -> Result<Done> {
+    fn run(mut self, options: &Options) -> Result<Done> {
         let lasts = options.minutes * 60.0;
         let mut next = Instant::now() + FIRST_FAULT;
         let mut last_seen = Instant::now();
@@ -347,7 +348,8 @@ impl Plan {
         let number = self.done.faults.len();
         let kind = self.kinds[number % self.kinds.len()];
         ensure!(!busy.is_empty(), "no worker is left");
-        let place = busy[self.draw() as usize % busy.len()];
+        let choices = u64::try_from(busy.len()).expect("workers are few");
+        let place = busy[usize::try_from(self.draw() % choices).expect("it is below their number")];
         let has_victim = !matches!(kind, Kind::Coordinator | Kind::Join | Kind::Resize);
         let victim = crew.name(place).filter(|_| has_victim).map(str::to_owned);
         let at_ms = unix_ms();

@@ -35,6 +35,9 @@ pub(crate) enum Command {
     /// The life of such a process.
     #[command(hide = true)]
     CrashingLife(crashes::Life),
+    /// Latency, throughput and memory of early exit at budgets: `percheron bench exits --model NAME`.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Exits(worker::Arguments),
     /// How many training images a core prepares in a second: decode, crop, resize, flip, normalise.
     Data(Data),
     /// What reading a sample costs: finding it, reading it and checking it, without decoding.
@@ -101,6 +104,7 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Crashes(arguments) => crashes::run(&arguments)?,
         Command::CrashingLife(life) => crashes::live(&life)?,
+        Command::Exits(arguments) => return worker::run_tool("bench-exits", arguments),
         Command::Data(data) => run_data(&data)?,
         Command::Reader(reader) => run_reader(&reader)?,
         Command::Control(control) => return super::in_runtime(control::run(control)),

@@ -262,19 +262,7 @@ impl World {
                 });
             }
             Record::WorkerLost { worker, cause, .. } => {
-                // One that has no part yet may exit without a word.
-                let has_part = durable.holds_state(*worker);
-                let lives = self.workers.get(worker).is_some_and(|process| !process.is_exiting());
-                let holds = !(has_part && lives && self.plan.is_calm());
-                self.watch.require("nobody_who_lives_is_taken_for_dead", holds, || {
-                    format!("{worker}: {cause}")
-                });
-                let process = self.workers.get(worker);
-                let hangs = process.is_none_or(|p| p.trainer.hangs || p.was_frozen);
-                let holds = hangs || !cause.contains("made no progress");
-                self.watch.require("only_the_stuck_are_called_stuck", holds, || {
-                    format!("{worker}: {cause}")
-                });
+                self.watch_loss(&durable, *worker, cause);
             }
             Record::RunFailed { reason } => {
                 self.watch.require("no_run_fails", false, || reason.clone());
@@ -296,6 +284,21 @@ impl World {
             || self.watch.durable.generation != durable.generation;
         self.watch
             .require("an_ended_run_stands_still", !(ended && moved), || format!("{record:?}"));
+    }
+
+    /// Looks at a loss before it becomes durable.
+    fn watch_loss(&mut self, durable: &Ledger, worker: WorkerId, cause: &str) {
+        // One that has no part yet may exit without a word.
+        let has_part = durable.holds_state(worker);
+        let lives = self.workers.get(&worker).is_some_and(|process| !process.is_exiting());
+        let holds = !(has_part && lives && self.plan.is_calm());
+        self.watch
+            .require("nobody_who_lives_is_taken_for_dead", holds, || format!("{worker}: {cause}"));
+        let process = self.workers.get(&worker);
+        let hangs = process.is_none_or(|p| p.trainer.hangs || p.was_frozen);
+        let holds = hangs || !cause.contains("made no progress");
+        self.watch
+            .require("only_the_stuck_are_called_stuck", holds, || format!("{worker}: {cause}"));
     }
 
     /// All members of a generation have compared what they hold.
