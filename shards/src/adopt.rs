@@ -15,7 +15,7 @@ use crate::{
     index::{Flags, Index, Record},
     manifest::{Manifest, Policy, Provenance, Shard, VERSION, is_plain_name},
     pack::{
-        Checker, PackError, PackOptions, PackProgress, folder_name,
+        Checker, PackError, PackOptions, PackProgress, folder_name, manifest_for,
         scan::{self, Listing, SourceFile},
     },
     source::{SourceError, Store},
@@ -36,11 +36,8 @@ pub fn index_tars(
 ) -> Result<Manifest, PackError> {
     check_split_name(&options.split)?;
     let Listing { classes, files } = scan::scan_webdataset(folder)?;
-    let store = Store::create(&folder.display().to_string())?;
-    let manifest_name = format!("{}.json", options.split);
-    if store.length(&manifest_name).is_ok() {
-        return Err(PackError::AlreadyPacked { manifest: store.display(&manifest_name) });
-    }
+    let store = Store::create(&folder.display().to_string(), &[])?;
+    let manifest_name = manifest_for(&store, &options.split)?;
     let files_total = files.len() as u64;
     let mut checker = Checker::default();
     let mut done = PackProgress { files: 0, files_total, bytes: 0 };

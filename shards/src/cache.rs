@@ -232,7 +232,20 @@ fn entries(folder: &Path) -> io::Result<Vec<Entry>> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        env,
+        io::{BufRead as _, BufReader, stdout},
+        process::{Command, Stdio},
+    };
+
+    use testing::Chance;
+
     use super::*;
+
+    /// Makes the test of a killed process that process.
+    const VICTIM: &str = "PERCHERON_TEST_VICTIM_CACHE";
+    const VICTIM_BLOCKS: u64 = 8;
+    const VICTIM_BYTES: usize = 256 << 10;
 
     fn settings(variables: &[(&str, &str)]) -> Result<Settings, SourceError> {
         let owned = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
@@ -283,6 +296,59 @@ mod tests {
         assert_eq!(cache.load(key(3), 1000).unwrap(), [3; 1000].as_slice());
         assert!(entries(folder.path()).unwrap().iter().map(|e| e.bytes).sum::<u64>() <= 3248);
         assert!(cache.store(key(4), &[0; 4000]).is_err());
+    }
+
+    fn victims_contents(block: u64) -> Vec<u8> {
+        vec![block.to_le_bytes()[0] + 1; VICTIM_BYTES]
+    }
+
+    fn victims_cache(folder: &Path) -> Cache {
+        Cache::open(Settings { folder: folder.into(), limit_bytes: 64 << 20 }).unwrap()
+    }
+
+    /// Keeps the same few blocks again and again, and says so each time.
+    fn keep_until_killed(folder: &Path) -> ! {
+        let cache = victims_cache(folder);
+        for block in (0..VICTIM_BLOCKS).cycle() {
+            writeln!(stdout(), "keeping {block}").unwrap();
+            cache.store(key(block), &victims_contents(block)).unwrap();
+        }
+        unreachable!("there is always another block");
+    }
+
+    #[test]
+    fn a_process_that_is_killed_while_it_writes_leaves_only_whole_entries() {
+        if let Some(folder) = env::var_os(VICTIM) {
+            keep_until_killed(Path::new(&folder));
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let name =
+            "cache::tests::a_process_that_is_killed_while_it_writes_leaves_only_whole_entries";
+        let mut chance = Chance::new(4);
+        let mut served = 0;
+        for round in 0..12 {
+            let mut victim = Command::new(env::current_exe().unwrap())
+                .args(["--exact", name, "--nocapture"])
+                .env(VICTIM, folder.path())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let said = BufReader::new(victim.stdout.take().unwrap()).lines().map(Result::unwrap);
+            let place = usize::try_from(chance.below(VICTIM_BLOCKS)).unwrap();
+            said.filter(|line| line.contains("keeping")).nth(place).expect("it writes for ever");
+            victim.kill().unwrap();
+            victim.wait().unwrap();
+
+            let cache = victims_cache(folder.path());
+            for block in 0..VICTIM_BLOCKS {
+                let is_there = cache.path(key(block)).exists();
+                let found = cache.load(key(block), VICTIM_BYTES);
+                assert_eq!(found.is_some(), is_there, "round {round}: block {block} is torn");
+                assert!(found.is_none_or(|found| found == victims_contents(block)));
+                served += u32::from(is_there);
+            }
+        }
+        assert!(served > 0, "something was kept before the kills");
     }
 
     #[test]

@@ -235,8 +235,11 @@ impl Dataset {
         check_split_name(split)?;
         let store = Store::open(location, variables)?;
         let manifest = read_manifest(&store, location, split)?;
-        let indexes = (0..manifest.shards.len())
-            .map(|shard| read_index(&store, &manifest, shard))
+        let wanted =
+            manifest.shards.iter().map(|shard| (shard.idx(), shard.idx_sha256, shard.tar()));
+        let indexes = (0..)
+            .zip(store.read_indexes(wanted)?)
+            .map(|(shard, (idx, length))| check_index(&store, &manifest, shard, &idx, length))
             .collect::<Result<Vec<_>, _>>()?;
         let opened = |(shard, index): (&Shard, &Index)| {
             store.opened(&shard.tar(), shard.tar_sha256, index.tar_length)
@@ -333,7 +336,7 @@ impl Dataset {
 
     /// Makes ready to read these samples, where that takes time: in a bucket, several blocks are fetched at
     /// once. What cannot be made ready fails when it is read.
-    pub(crate) fn prefetch(&self, samples: &[u64]) {
+    pub fn prefetch(&self, samples: &[u64]) {
         if self.store.remote().is_some() {
             let located = samples.iter().filter_map(|&sample| self.locate(sample));
             let part = |(shard, record): (usize, &Record)| {
@@ -428,13 +431,19 @@ fn read_manifest(store: &Store, location: &str, split: &str) -> Result<Manifest,
     }
 }
 
-fn read_index(store: &Store, manifest: &Manifest, number: usize) -> Result<Index, OpenError> {
+/// The index of a shard from its bytes. `found` is the length of the shard's file.
+fn check_index(
+    store: &Store,
+    manifest: &Manifest,
+    number: usize,
+    bytes: &[u8],
+    found: u64,
+) -> Result<Index, OpenError> {
     let shard = &manifest.shards[number];
-    let bytes = store.read_known(&shard.idx(), shard.idx_sha256)?;
     let file = store.display(&shard.idx());
     let index =
-        Index::parse(&bytes).map_err(|source| OpenError::Index { file: file.clone(), source })?;
-    if let Some(field) = disagreement(shard, &index, &bytes) {
+        Index::parse(bytes).map_err(|source| OpenError::Index { file: file.clone(), source })?;
+    if let Some(field) = disagreement(shard, &index, bytes) {
         return Err(OpenError::OtherIndex { file, field });
     }
     let classes = manifest.classes.len();
@@ -443,7 +452,7 @@ fn read_index(store: &Store, manifest: &Manifest, number: usize) -> Result<Index
             return Err(OpenError::Label { file, sample, label: record.label, classes });
         }
     }
-    let (expected, found) = (index.tar_length, store.length(&shard.tar())?);
+    let expected = index.tar_length;
     if expected != found {
         return Err(OpenError::ShardLength { file: store.display(&shard.tar()), expected, found });
     }

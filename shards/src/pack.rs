@@ -1,7 +1,7 @@
 //! Packing images into shards.
 //!
 //! The samples are always shuffled, by a recorded seed, so that any run of neighbours is a fair sample.
-//! Files are written under temporary names and renamed, the manifest last: a split that has a manifest
+//! Files appear whole, in a folder by renaming, and the manifest last: a split that has a manifest
 //! is complete. One that was cut short is taken up after its last whole shard, with the same result.
 
 use std::{
@@ -83,6 +83,12 @@ pub enum PackError {
     /// The destination cannot be written.
     #[error(transparent)]
     Destination(#[from] SourceError),
+    /// The source is in a bucket.
+    #[error(
+        "source {} cannot be packed from where it is: copy it to a folder with a tool of the bucket, and pack that",
+        .0.display()
+    )]
+    RemoteSource(PathBuf),
     /// The destination already has this split.
     #[error(
         "{manifest} already exists and is not overwritten: choose another --out or --split, or \
@@ -193,6 +199,9 @@ pub enum PackError {
 /// converted, see [`Policy`]. Other files are ignored. Equal sources and options give equal files,
 /// whether packing was cut short on the way or not.
 ///
+/// `out` is a folder, which is made, or `s3://BUCKET/PREFIX`; the process's environment says how to reach it:
+/// [`Dataset::open_with`](crate::Dataset::open_with) names the variables.
+///
 /// # Errors
 /// [`PackError`]. A manifest that exists is never overwritten; after an error there is none.
 pub fn pack(
@@ -201,15 +210,30 @@ pub fn pack(
     options: &PackOptions,
     progress: &mut dyn FnMut(PackProgress),
 ) -> Result<Manifest, PackError> {
+    let variables: Vec<_> = bucket::environment().collect();
+    pack_with(source, out, options, &variables, progress)
+}
+
+/// [`pack()`] with the variables of another environment than the process's.
+///
+/// # Errors
+/// As [`pack()`].
+pub fn pack_with(
+    source: &Path,
+    out: &str,
+    options: &PackOptions,
+    variables: &[(String, String)],
+    progress: &mut dyn FnMut(PackProgress),
+) -> Result<Manifest, PackError> {
     check_split_name(&options.split)?;
     let listing = scan::scan(source)?;
-    let store = Store::create(out)?;
-    let manifest_name = format!("{}.json", options.split);
-    if store.length(&manifest_name).is_ok() {
-        return Err(PackError::AlreadyPacked { manifest: store.display(&manifest_name) });
-    }
+    let store = Store::create(out, variables)?;
+    let manifest_name = manifest_for(&store, &options.split)?;
     let fingerprint = resume::fingerprint(&listing, options);
     let done = Journal::load(&store, &options.split, fingerprint)?;
+    if store.remote().is_some() {
+        done.save(&store, &options.split)?; // What cannot be written is said before the work, not after it.
+    }
     let mut packer = Packer::new(&store, &options.split, done);
     packer.add_all(source, &listing, options, progress)?;
     packer.close_shard()?;
@@ -245,6 +269,16 @@ pub fn pack(
     }
     Journal::remove(&store, &options.split)?;
     Ok(manifest)
+}
+
+/// The name of a split's manifest, which must still be free.
+pub(crate) fn manifest_for(store: &Store, split: &str) -> Result<String, PackError> {
+    let name = format!("{split}.json");
+    match store.length(&name) {
+        Err(SourceError::Missing { .. }) => Ok(name),
+        Err(error) => Err(error.into()),
+        Ok(_) => Err(PackError::AlreadyPacked { manifest: store.display(&name) }),
+    }
 }
 
 pub(crate) fn folder_name(folder: &Path) -> String {

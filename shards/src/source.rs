@@ -68,10 +68,8 @@ pub enum SourceError {
         /// What follows `builtin:`.
         name: String,
     },
-    /// The program is not a place to write to, and a bucket is not yet one.
-    #[error(
-        "{location} cannot be written: give a folder, and copy it to a bucket with a tool of the bucket"
-    )]
+    /// The program is not a place to write to.
+    #[error("{location} cannot be written to: give a folder or s3://BUCKET/PREFIX")]
     ReadOnly {
         /// The location as given.
         location: String,
@@ -253,10 +251,17 @@ impl Store {
         }
     }
 
-    /// For writing. A folder that does not exist is made.
-    pub(crate) fn create(location: &str) -> Result<Self, SourceError> {
-        let Location::Folder(path) = Location::parse(location)? else {
-            return Err(SourceError::ReadOnly { location: location.to_owned() });
+    /// For writing. A folder that does not exist is made; a prefix of a bucket is there when an object is.
+    pub(crate) fn create(
+        location: &str,
+        variables: &[(String, String)],
+    ) -> Result<Self, SourceError> {
+        let path = match Location::parse(location)? {
+            Location::Folder(path) => path,
+            Location::Bucket => return Self::open(location, variables),
+            Location::Builtin(_) => {
+                return Err(SourceError::ReadOnly { location: location.to_owned() });
+            }
         };
         fs::create_dir_all(path).map_err(|source| SourceError::CreateFolder {
             location: location.to_owned(),
@@ -350,20 +355,34 @@ impl Store {
         }
     }
 
-    /// A whole file that should have this digest, which is for the caller to check.
-    pub(crate) fn read_known(&self, name: &str, digest: Sha256) -> Result<Bytes, SourceError> {
+    /// Indexes, whose digests are for the caller to check, and the lengths of their shards in bytes: the index's
+    /// name and digest, and the name of the shard.
+    pub(crate) fn read_indexes(
+        &self,
+        wanted: impl Iterator<Item = (String, Sha256, String)>,
+    ) -> Result<Vec<(Bytes, u64)>, SourceError> {
         match &self.place {
-            Place::Local(..) => self.read(name),
-            Place::Remote(remote) => {
-                let length = remote.length(name)?;
-                let file = RemoteFile::new(Arc::clone(remote), name, digest, length);
-                let bytes = file.whole()?;
-                if Sha256::of(&bytes) == digest {
-                    return Ok(bytes);
-                }
-                file.forget(0, length); // What came over the network may have been damaged there.
-                file.whole().inspect(|_| file.forget(0, length))
+            Place::Local(..) => {
+                wanted.map(|(idx, _, tar)| Ok((self.read(&idx)?, self.length(&tar)?))).collect()
             }
+            Place::Remote(remote) => remote.read_indexes(wanted),
+        }
+    }
+
+    /// Whether there is such a file with these bytes.
+    pub(crate) fn holds(
+        &self,
+        name: &str,
+        length: u64,
+        digest: Sha256,
+    ) -> Result<bool, SourceError> {
+        match &self.place {
+            Place::Local(..) => match self.read(name) {
+                Ok(bytes) => Ok(bytes.len() as u64 == length && Sha256::of(&bytes) == digest),
+                Err(SourceError::Missing { .. }) => Ok(false),
+                Err(error) => Err(error),
+            },
+            Place::Remote(remote) => remote.holds(name, length, digest),
         }
     }
 
@@ -376,39 +395,48 @@ impl Store {
         }
     }
 
-    /// Writes a file under a temporary name and renames it; replaces what was there.
+    /// Writes a file so that it appears whole; replaces what was there.
     pub(crate) fn write(&self, name: &str, bytes: Vec<u8>) -> Result<(), SourceError> {
-        self.put(name, bytes, PutMode::Overwrite)
+        match &self.place {
+            Place::Local(objects, _) => self.put(objects, name, bytes, PutMode::Overwrite),
+            Place::Remote(remote) => remote.put(name, bytes.into()),
+        }
     }
 
-    /// Writes a file under a temporary name and gives it its own only if that is free.
+    /// Writes a file so that it appears whole, and only if its name is free.
     pub(crate) fn write_new(&self, name: &str, bytes: Vec<u8>) -> Result<(), SourceError> {
-        self.put(name, bytes, PutMode::Create)
+        match &self.place {
+            Place::Local(objects, _) => self.put(objects, name, bytes, PutMode::Create),
+            Place::Remote(remote) => remote.create(name, bytes.into()),
+        }
     }
 
     /// Removes a file. One that is not there is no error.
     pub(crate) fn remove(&self, name: &str) -> Result<(), SourceError> {
-        match block_on(self.writable()?.delete(&Path::from(name))) {
+        let objects = match &self.place {
+            Place::Local(objects, _) => objects,
+            Place::Remote(remote) => return remote.remove(name),
+        };
+        match block_on(objects.delete(&Path::from(name))) {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(SourceError::Write { file: self.display(name), source }),
         }
     }
 
-    fn put(&self, name: &str, bytes: Vec<u8>, mode: PutMode) -> Result<(), SourceError> {
+    fn put(
+        &self,
+        objects: &Arc<dyn ObjectStore>,
+        name: &str,
+        bytes: Vec<u8>,
+        mode: PutMode,
+    ) -> Result<(), SourceError> {
         let options = PutOptions { mode, ..PutOptions::default() };
         let path = Path::from(name);
         let file = self.display(name);
-        match block_on(self.writable()?.put_opts(&path, PutPayload::from(bytes), options)) {
+        match block_on(objects.put_opts(&path, PutPayload::from(bytes), options)) {
             Ok(_) => Ok(()),
             Err(object_store::Error::AlreadyExists { .. }) => Err(SourceError::Exists { file }),
             Err(source) => Err(SourceError::Write { file, source }),
-        }
-    }
-
-    fn writable(&self) -> Result<&Arc<dyn ObjectStore>, SourceError> {
-        match &self.place {
-            Place::Local(objects, _) => Ok(objects),
-            Place::Remote(_) => Err(SourceError::ReadOnly { location: self.location.clone() }),
         }
     }
 
@@ -452,8 +480,8 @@ mod tests {
         assert_eq!(Location::parse("s3://bucket/data").unwrap(), Location::Bucket);
         let error = Location::parse("gs://bucket/data").unwrap_err().to_string();
         assert!(error.contains("gs://bucket/data is of an unknown kind"), "{error}");
-        let error = Store::create("s3://bucket/data").unwrap_err().to_string();
-        assert!(error.contains("s3://bucket/data cannot be written: give a folder"), "{error}");
+        let error = Store::create("builtin:digits", &[]).unwrap_err().to_string();
+        assert!(error.contains("builtin:digits cannot be written to: give a folder"), "{error}");
     }
 
     #[test]
@@ -467,7 +495,7 @@ mod tests {
     #[test]
     fn a_new_file_never_replaces_an_old_one() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::create(folder.path().join("new").to_str().unwrap()).unwrap();
+        let store = Store::create(folder.path().join("new").to_str().unwrap(), &[]).unwrap();
         store.write_new("a.json", b"one".to_vec()).unwrap();
         let error = store.write_new("a.json", b"two".to_vec()).unwrap_err();
         assert!(matches!(error, SourceError::Exists { .. }));

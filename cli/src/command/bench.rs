@@ -6,6 +6,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Instant,
 };
 
 use ::shards::{
@@ -112,14 +113,23 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Samples that the first pass has made ready at once, where they are far away.
+const BATCH: usize = 256;
+
 /// CPU time of this thread, after a first pass that brings the files into the system's memory.
 fn run_reader(reader: &Reader) -> Result<()> {
     let dataset = Dataset::open(&reader.location, &reader.split)?;
     let order = Order::new(dataset.len(), 1, Epoch(0));
     let mut image = Vec::new();
-    for sample in 0..dataset.len() {
-        dataset.read_into(sample, &mut image)?;
+    let first = Instant::now();
+    let samples: Vec<u64> = (0..dataset.len()).collect();
+    for batch in samples.chunks(BATCH) {
+        dataset.prefetch(batch);
+        for &sample in batch {
+            dataset.read_into(sample, &mut image)?;
+        }
     }
+    let fetched_per_s = dataset.reads().remote.fetched_bytes as f64 / first.elapsed().as_secs_f64();
     let (before, start) = (dataset.reads(), cpu_seconds());
     for position in 0..reader.samples {
         dataset.read_into(order.sample(position % dataset.len()), &mut image)?;
@@ -136,6 +146,7 @@ fn run_reader(reader: &Reader) -> Result<()> {
             "bytes_per_sample": mean_bytes,
             "bytes_per_core_s": bytes / seconds,
             "fetched_bytes": remote.fetched_bytes,
+            "fetched_bytes_per_s": fetched_per_s,
             "cache_hits": remote.cache_hits,
             "cache_misses": remote.cache_misses,
             "cache_unkept": remote.cache_unkept,
@@ -148,9 +159,10 @@ fn run_reader(reader: &Reader) -> Result<()> {
         print::out(&format!("{:.2} GB a second and core", bytes / seconds / 1e9));
         if remote != RemoteReads::default() {
             print::out(&format!(
-                "{:.1} MB fetched; blocks: {} found in the cache, {} not, {} could not be kept; \
+                "{:.1} MB fetched, {:.1} MB a second in the first pass; blocks: {} found in the cache, {} not, {} could not be kept; \
                  requests: {} hedged, {} retried",
                 remote.fetched_bytes as f64 / 1e6,
+                fetched_per_s / 1e6,
                 remote.cache_hits,
                 remote.cache_misses,
                 remote.cache_unkept,

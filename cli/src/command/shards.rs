@@ -58,7 +58,8 @@ pub(crate) struct Pack {
     /// or a folder of them.
     #[arg(value_name = "SRC")]
     source: PathBuf,
-    /// The folder of the dataset; made if it is not there. A split that is there is not overwritten.
+    /// The folder of the dataset, made if it is not there, or s3://BUCKET/PREFIX. A split that is there is not
+    /// overwritten.
     #[arg(long, value_name = "DST")]
     out: String,
     /// Name of the split: letters, digits, '-' and '_'.
@@ -106,7 +107,7 @@ pub(crate) struct Stats {
 
 #[derive(Debug, Args)]
 pub(crate) struct Location {
-    /// The folder of the dataset, or `builtin:digits`.
+    /// The folder of the dataset, s3://BUCKET/PREFIX, or `builtin:digits`.
     #[arg(value_name = "LOCATION")]
     location: String,
     /// Only this split; may be repeated [default: those of train and val that are there].

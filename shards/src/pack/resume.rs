@@ -53,9 +53,15 @@ impl Journal {
         };
         // A journal that cannot be understood is of another version: its work is done again.
         let Ok(journal) = serde_json::from_slice::<Self>(&bytes) else { return Ok(fresh) };
-        let usable = journal.fingerprint == fingerprint
-            && journal.shards.iter().all(|shard| is_there(store, shard));
-        Ok(if usable { journal } else { fresh })
+        if journal.fingerprint != fingerprint {
+            return Ok(fresh);
+        }
+        for shard in &journal.shards {
+            if !is_there(store, shard)? {
+                return Ok(fresh);
+            }
+        }
+        Ok(journal)
     }
 
     pub(super) fn save(&self, store: &Store, split: &str) -> Result<(), PackError> {
@@ -72,13 +78,16 @@ fn name(split: &str) -> String {
     format!("{split}.partial")
 }
 
-/// Files are renamed when they are whole, so a shard of the right length is the right one.
-fn is_there(store: &Store, shard: &Shard) -> bool {
-    let Ok(bytes) = store.read(&shard.idx()) else { return false };
-    let Ok(index) = Index::parse(&bytes) else { return false };
-    Sha256::of(&bytes) == shard.idx_sha256
+/// Whether a shard's files are those that were packed, and not another packing's.
+fn is_there(store: &Store, shard: &Shard) -> Result<bool, SourceError> {
+    let bytes = match store.read(&shard.idx()) {
+        Err(SourceError::Missing { .. }) => return Ok(false),
+        read => read?,
+    };
+    let Ok(index) = Index::parse(&bytes) else { return Ok(false) };
+    Ok(Sha256::of(&bytes) == shard.idx_sha256
         && index.tar_sha256 == shard.tar_sha256
-        && store.length(&shard.tar()).is_ok_and(|length| length == index.tar_length)
+        && store.holds(&shard.tar(), index.tar_length, shard.tar_sha256)?)
 }
 
 /// Of everything that decides what is packed: a file that was exchanged for another of the same name and

@@ -94,6 +94,7 @@ pub(crate) struct Listing {
 }
 
 pub(crate) fn scan(source: &Path) -> Result<Listing, PackError> {
+    check_nearness(source)?;
     if let Some(listing) = raw::scan(source)? {
         return Ok(listing);
     }
@@ -106,11 +107,18 @@ pub(crate) fn scan(source: &Path) -> Result<Listing, PackError> {
 
 /// The tars of a folder, all of which have to be of WebDataset's kind.
 pub(crate) fn scan_webdataset(folder: &Path) -> Result<Listing, PackError> {
+    check_nearness(folder)?;
     let listing = webdataset(folder, &list_tars(folder, &tars_in(folder)?)?)?;
     if listing.files.is_empty() {
         return Err(PackError::NoClasses(folder.to_owned()));
     }
     Ok(listing)
+}
+
+/// Packing reads a source in another order than that of its files, which a bucket is too slow for.
+fn check_nearness(source: &Path) -> Result<(), PackError> {
+    let is_far = source.to_str().is_some_and(|source| source.contains("://"));
+    if is_far { Err(PackError::RemoteSource(source.to_owned())) } else { Ok(()) }
 }
 
 fn tars_in(folder: &Path) -> Result<Vec<PathBuf>, PackError> {

@@ -55,8 +55,16 @@ impl Remote {
         &self.bucket.traffic
     }
 
+    fn display(&self, name: &str) -> String {
+        format!("{}/{name}", self.location)
+    }
+
     fn unread(&self, name: &str, error: object_store::Error) -> SourceError {
-        SourceError::unread(format!("{}/{name}", self.location), error)
+        SourceError::unread(self.display(name), error)
+    }
+
+    fn unwritten(&self, name: &str, source: object_store::Error) -> SourceError {
+        SourceError::Write { file: self.display(name), source }
     }
 
     pub(super) fn length(&self, name: &str) -> Result<u64, SourceError> {
@@ -71,6 +79,69 @@ impl Remote {
     ) -> Result<Bytes, SourceError> {
         let found = self.bucket.wait(self.bucket.range(name, range));
         found.map_err(|error| self.unread(name, error))
+    }
+
+    /// Writes a file; replaces what was there.
+    pub(super) fn put(&self, name: &str, bytes: Bytes) -> Result<(), SourceError> {
+        let written = self.bucket.wait(self.bucket.put(name, bytes));
+        written.map_err(|error| self.unwritten(name, error))
+    }
+
+    /// Writes a file only if there is none of its name.
+    pub(super) fn create(&self, name: &str, bytes: Bytes) -> Result<(), SourceError> {
+        match self.bucket.wait(self.bucket.create(name, bytes)) {
+            Err(object_store::Error::AlreadyExists { .. }) => {
+                Err(SourceError::Exists { file: self.display(name) })
+            }
+            written => written.map_err(|error| self.unwritten(name, error)),
+        }
+    }
+
+    /// Removes a file. One that is not there is no error.
+    pub(super) fn remove(&self, name: &str) -> Result<(), SourceError> {
+        let removed = self.bucket.wait(self.bucket.remove(name));
+        removed.map_err(|error| self.unwritten(name, error))
+    }
+
+    /// Whether there is such a file with these bytes.
+    pub(super) fn holds(
+        &self,
+        name: &str,
+        length: u64,
+        digest: Sha256,
+    ) -> Result<bool, SourceError> {
+        let held = self.bucket.wait(self.bucket.holds(name, length, digest));
+        held.map_err(|error| self.unread(name, error))
+    }
+
+    /// Indexes and the lengths of their shards, several at a time: the index's name and digest, and the name of
+    /// the shard.
+    pub(super) fn read_indexes(
+        self: &Arc<Self>,
+        wanted: impl Iterator<Item = (String, Sha256, String)>,
+    ) -> Result<Vec<(Bytes, u64)>, SourceError> {
+        let reads = wanted.map(|(idx, digest, tar)| async move {
+            let index = self.read_known(&idx, digest).await?;
+            let length = self.bucket.length(&tar).await;
+            Ok((index, length.map_err(|error| self.unread(&tar, error))?))
+        });
+        self.bucket.wait(stream::iter(reads).buffered(IN_FLIGHT).try_collect())
+    }
+
+    /// A whole file that should have this digest, which is for the caller to check.
+    async fn read_known(
+        self: &Arc<Self>,
+        name: &str,
+        digest: Sha256,
+    ) -> Result<Bytes, SourceError> {
+        let length = self.bucket.length(name).await.map_err(|error| self.unread(name, error))?;
+        let file = RemoteFile::new(Arc::clone(self), name, digest, length);
+        let bytes = file.whole().await?;
+        if Sha256::of(&bytes) == digest {
+            return Ok(bytes);
+        }
+        file.forget(0, length); // What came over the network may have been damaged there.
+        file.whole().await.inspect(|_| file.forget(0, length))
     }
 
     /// A whole file, in blocks: none of them takes long enough to time out.
@@ -137,7 +208,7 @@ impl RemoteFile {
 
     /// A block that is asked for beyond the file's end, or comes too short.
     fn short(&self) -> SourceError {
-        SourceError::Short { file: format!("{}/{}", self.remote.location, self.name) }
+        SourceError::Short { file: self.remote.display(&self.name) }
     }
 
     /// A block, from the cache or else from the store, and then kept.
@@ -180,10 +251,12 @@ impl RemoteFile {
     }
 
     /// The whole file, through the cache.
-    pub(super) fn whole(&self) -> Result<Bytes, SourceError> {
-        let mut bytes = vec![0; usize::try_from(self.length).map_err(|_| self.short())?];
-        self.read_at(0, &mut bytes)?;
-        Ok(bytes.into())
+    async fn whole(&self) -> Result<Bytes, SourceError> {
+        let mut bytes = BytesMut::new();
+        for block in 0..self.length.div_ceil(BLOCK_BYTES) {
+            bytes.extend_from_slice(&self.block(block).await?);
+        }
+        Ok(bytes.freeze())
     }
 }
 

@@ -3,6 +3,8 @@
 //! A read that fails by the network's or the server's fault is repeated, ever later. One that takes longer
 //! than 99 of the last 100 is asked for a second time, and whichever answer comes first counts.
 
+mod upload;
+
 use std::{
     collections::VecDeque,
     fmt,
@@ -24,6 +26,7 @@ use object_store::{Error, ObjectStoreExt as _, RetryConfig, aws::AmazonS3, path:
 use tokio::{
     runtime::{Builder, Runtime},
     sync::Semaphore,
+    task::unconstrained,
     time::{Instant, sleep},
 };
 
@@ -55,6 +58,8 @@ pub(super) fn count(counter: &AtomicU64, amount: u64) {
 /// The objects under a prefix of a bucket.
 pub(super) struct Bucket {
     objects: AmazonS3,
+    /// The same, for writing: it repeats requests by itself.
+    uploads: AmazonS3,
     prefix: Path,
     runtime: Option<Runtime>,
     permits: Semaphore,
@@ -85,9 +90,10 @@ impl Bucket {
     ) -> Result<Self, SourceError> {
         let (builder, prefix) = bucket::client(location, variables.iter().cloned())
             .ok_or_else(|| SourceError::NoBucket { location: location.to_owned() })?;
+        let unusable = |source| SourceError::Settings { location: location.to_owned(), source };
+        let uploads = upload::settings(builder.clone()).build().map_err(unusable)?;
         // `retried` counts them.
         let builder = builder.with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() });
-        let unusable = |source| SourceError::Settings { location: location.to_owned(), source };
         let objects = builder.build().map_err(unusable)?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
@@ -97,6 +103,7 @@ impl Bucket {
             .map_err(|source| SourceError::Threads { location: location.to_owned(), source })?;
         Ok(Self {
             objects,
+            uploads,
             prefix,
             runtime: Some(runtime),
             permits: Semaphore::new(IN_FLIGHT),
@@ -106,9 +113,12 @@ impl Bucket {
     }
 
     /// Waits on the calling thread, which may be one of another runtime; the network is served by our own.
+    ///
+    /// Of a task of another runtime the budget must not count: it is used up while this waits, and only renewed
+    /// after. Everything would then seem to be busy for ever.
     pub(super) fn wait<F: Future>(&self, work: F) -> F::Output {
         let _inside = self.runtime.as_ref().map(Runtime::enter);
-        block_on(work)
+        block_on(unconstrained(work))
     }
 
     fn path(&self, name: &str) -> Path {

@@ -18,6 +18,10 @@ pub(crate) struct Arguments {
     /// Folder of .jpg files.
     #[arg(long, value_name = "DIR")]
     images: PathBuf,
+    /// Where to pack them to and read them from: s3://BUCKET/PREFIX, whose variables are in the environment
+    /// [default: a folder].
+    #[arg(long, value_name = "LOCATION")]
+    out: Option<String>,
     /// One JSON object and nothing else.
     #[arg(long)]
     json: bool,
@@ -42,7 +46,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         files += 1;
     }
     ensure!(files > 0, "the folder has no .jpg file");
-    let data = folder.path().join("data");
+    let in_folder = || folder.path().join("data").display().to_string();
+    let data = arguments.out.clone().unwrap_or_else(in_folder);
     let mut pack = workspace.binary("percheron");
     pack.args(["shards", "pack"]).arg(folder.path().join("images")).arg("--out").arg(&data);
     process::output(&mut pack)?;
