@@ -21,6 +21,7 @@ mod commit;
 mod layout;
 mod load;
 mod manifest;
+mod objects;
 mod prune;
 pub mod pth;
 mod quarantine;

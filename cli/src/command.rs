@@ -4,7 +4,7 @@ mod audit;
 mod bench;
 mod change;
 mod checkpoints;
-mod coordinator;
+pub(crate) mod coordinator;
 mod explain;
 mod incidents;
 mod log;
