@@ -22,6 +22,7 @@ mod copy;
 mod layout;
 mod load;
 mod manifest;
+mod objects;
 mod prune;
 pub mod pth;
 mod quarantine;

@@ -5,7 +5,7 @@ mod bench;
 mod change;
 mod checkpoint;
 mod checkpoints;
-mod coordinator;
+pub(crate) mod coordinator;
 mod explain;
 mod incidents;
 mod log;

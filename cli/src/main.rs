@@ -8,6 +8,7 @@ mod history;
 mod incidents;
 mod print;
 mod run_dir;
+mod shared;
 mod tale;
 mod up;
 

@@ -1,7 +1,7 @@
 //! The folder of a run: what lies where, whether it is one, and who may use it.
 //!
 //! ```text
-//! DIR/run.toml             the name of the run, and where its checkpoints are if not here
+//! DIR/run.toml             the name of the run, and where its checkpoints and its log are if not here
 //! DIR/token                what opens sessions, readable by its owner only
 //! DIR/recipe.toml          the recipe, every key written out; its presence makes DIR a run
 //! DIR/log                  the event log
@@ -58,6 +58,9 @@ struct RunFile {
     /// Where the checkpoints are; in the folder itself if nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     checkpoints: Option<String>,
+    /// The store of the event log; in the folder itself if nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log: Option<String>,
 }
 
 impl RunDir {
@@ -137,13 +140,18 @@ impl RunDir {
         Ok(self.read_run_file()?.checkpoints.unwrap_or_else(|| self.location.clone()))
     }
 
+    /// The store of the event log, if the run began with one.
+    pub(crate) fn shared_log(&self) -> Result<Option<String>> {
+        Ok(self.read_run_file()?.log)
+    }
+
     fn read_run_file(&self) -> Result<RunFile> {
         let path = self.root.join(RUN);
         match fs::read_to_string(&path) {
             Ok(text) => toml::from_str(&text)
                 .with_context(|| format!("{}: restore it from a copy", path.display())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Ok(RunFile { run: run_id(&self.root), checkpoints: None })
+                Ok(RunFile { run: run_id(&self.root), checkpoints: None, log: None })
             }
             Err(error) => Err(error).with_context(|| format!("{} cannot be read", path.display())),
         }
@@ -189,6 +197,7 @@ impl RunDir {
         run: &RunId,
         recipe: &Recipe,
         checkpoints: Option<&str>,
+        log: Option<&str>,
     ) -> Result<()> {
         let logs = self.root.join(LOGS);
         fs::create_dir_all(&logs).with_context(|| format!("{} cannot be made", logs.display()))?;
@@ -197,6 +206,7 @@ impl RunDir {
             let text = toml::to_string(&RunFile {
                 run: run.clone(),
                 checkpoints: checkpoints.map(str::to_owned),
+                log: log.map(str::to_owned),
             })
             .context("the name of the run cannot be written")?;
             write_atomically(&run_file, text.as_bytes(), 0o644)?;
@@ -285,14 +295,14 @@ mod tests {
         let _lock = dir.lock().unwrap();
         let run = dir.run().unwrap();
         assert_eq!(run.as_str(), "my-run");
-        dir.write(&run, &recipe(), None).unwrap();
+        dir.write(&run, &recipe(), None, None).unwrap();
         assert_eq!(dir.contents().unwrap(), Contents::Run(Box::new(recipe())));
         let token = dir.read_token().unwrap();
         assert_eq!(token.len(), 64);
         let mode = fs::metadata(dir.token()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
 
-        dir.write(&RunId::try_from("other".to_owned()).unwrap(), &recipe(), None).unwrap();
+        dir.write(&RunId::try_from("other".to_owned()).unwrap(), &recipe(), None, None).unwrap();
         assert_eq!(dir.run().unwrap(), run, "a run keeps its name");
         assert_eq!(dir.read_token().unwrap(), token, "and its token");
     }
@@ -302,7 +312,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir::at(&folder.path().join("before")).unwrap();
         let _lock = dir.lock().unwrap();
-        dir.write(&dir.run().unwrap(), &recipe(), None).unwrap();
+        dir.write(&dir.run().unwrap(), &recipe(), None, None).unwrap();
         fs::rename(folder.path().join("before"), folder.path().join("after")).unwrap();
         let moved = RunDir::at(&folder.path().join("after")).unwrap();
         assert_eq!(moved.run().unwrap().as_str(), "before");

@@ -7,7 +7,7 @@ use cluster::{Epoch, Evaluation, Event, Fingerprint, Generation, Part, Step, Ter
 use tokio::sync::mpsc;
 use tracing::warn;
 
-use crate::{Config, StartError, host::Input};
+use crate::{Config, StartError, host::Input, lease::Assurance};
 
 /// Writes manifests, one task each.
 #[derive(Debug)]
@@ -15,6 +15,7 @@ pub(crate) struct Committer {
     config: Arc<Config>,
     store: Store,
     inputs: mpsc::Sender<Input>,
+    assurance: Option<Assurance>,
 }
 
 impl Committer {
@@ -22,11 +23,12 @@ impl Committer {
     pub(crate) async fn new(
         config: Arc<Config>,
         inputs: mpsc::Sender<Input>,
+        assurance: Option<Assurance>,
     ) -> Result<Self, StartError> {
         let store = Store::create(&config.checkpoints)
             .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
         store.check_contract().await?;
-        Ok(Self { config, store, inputs })
+        Ok(Self { config, store, inputs, assurance })
     }
 
     /// Commits a checkpoint whose parts are in the store; the outcome comes back as an event.
@@ -65,7 +67,16 @@ impl Committer {
             nonce: blake3::hash(attempt.as_bytes()).to_hex().to_string(),
         };
         let (store, keep) = (self.store.clone(), self.config.keep);
-        tokio::spawn(carry_out(store, manifest, (keep, evaluations), self.inputs.clone()));
+        let (inputs, assurance) = (self.inputs.clone(), self.assurance.clone());
+        tokio::spawn(async move {
+            // One that has been replaced commits nothing and deletes nothing.
+            if let Some(mut assurance) = assurance
+                && let Err(error) = assurance.assured().await
+            {
+                return warn!(%error, step = %manifest.step, "a checkpoint is not committed");
+            }
+            carry_out(store, manifest, (keep, evaluations), inputs).await;
+        });
     }
 
     fn report(&self, event: Event) {

@@ -19,8 +19,10 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
-    Config, Entry, EventLog, StartError,
+    Config, Entry, LogError, StartError,
     commit::Committer,
+    lease::Assurance,
+    log::Log,
     rpc,
     watch::{self, Publisher},
 };
@@ -83,7 +85,8 @@ impl Session {
 struct Host {
     config: Arc<Config>,
     coordinator: Coordinator,
-    log: EventLog,
+    log: Log,
+    assurance: Option<Assurance>,
     sessions: BTreeMap<WorkerId, Session>,
     publisher: Publisher,
     committer: Committer,
@@ -96,51 +99,105 @@ struct Host {
     asked: Vec<oneshot::Sender<Option<Step>>>,
 }
 
+/// A coordinator that leads its run, and has said so in the log.
+pub struct Leader {
+    config: Arc<Config>,
+    coordinator: Coordinator,
+    log: Log,
+    clock: Clock,
+    /// What follows from its first records, which are durable.
+    first: Vec<Command>,
+}
+
+impl std::fmt::Debug for Leader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Leader").field("term", &self.coordinator.term()).finish_non_exhaustive()
+    }
+}
+
 /// Serves a run on `listener` until it has ended and everybody has heard of it.
 ///
 /// # Errors
-/// [`StartError`] if the log, the store or the network cannot be used.
+/// [`StartError`] if the log, the store or the network cannot be used, or another has taken the lead.
 pub async fn serve(config: Config, listener: TcpListener) -> Result<Outcome, StartError> {
-    let config = Arc::new(config);
-    let log = EventLog::open(&config.log)?;
-    let entries = log.read_from(1)?;
-    check_run(&config, &entries)?;
-    let clock = Clock::not_before(entries.last().map(|entry| entry.at));
-    let records = entries.iter().map(|entry| &entry.record);
-    let coordinator = Coordinator::restore(clock.now(), config.run.clone(), records);
-    let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
-    let (publisher, subscriber) = watch::channel();
-    let host = Host {
-        committer: Committer::new(Arc::clone(&config), inputs.clone()).await?,
-        welcome: welcome(&config),
-        announcer: Announcer::default(),
-        unacknowledged: BTreeSet::new(),
-        coordinator,
-        log,
-        sessions: BTreeMap::new(),
-        publisher,
-        clock,
-        asked: Vec::new(),
-        config: Arc::clone(&config),
-    };
-    info!(run = %config.run.run, term = %host.coordinator.term(), "coordinating");
-    let (ended, end) = oneshot::channel();
-    let server = tokio::spawn(rpc::serve(Arc::clone(&config), listener, inputs, subscriber, end));
-    let outcome = host.run(receiver).await?;
-    drop(ended);
-    match server.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => warn!(error = %error, "the server did not stop in order"),
-        Err(panic) => warn!(error = %panic, "the server did not stop in order"),
+    Leader::begin(config).await?.serve(listener).await
+}
+
+impl Leader {
+    /// Opens the log and begins a new term. If the log is shared and another leads, waits for it or
+    /// refuses, as the lease says.
+    ///
+    /// # Errors
+    /// As [`serve`].
+    pub async fn begin(config: Config) -> Result<Self, StartError> {
+        let began = Instant::now();
+        let config = Arc::new(config);
+        let (mut log, mut entries) = Log::open(&config.log).await?;
+        loop {
+            check_run(&config, &entries)?;
+            let clock = Clock::not_before(entries.last().map(|entry| entry.at));
+            let records = entries.iter().map(|entry| &entry.record);
+            let (now, run) = (clock.now(), config.run.clone());
+            let mut coordinator = Coordinator::restore_as(now, run, log.claimed(), records);
+            // The first call carries out what `restore` decided: the new term becomes durable.
+            let first = coordinator.handle(now, Event::DeadlineReached);
+            match log.append(now, &records_of(&first)).await {
+                Ok(_) => {}
+                Err(LogError::Superseded { by, .. }) if by < log.claimed() => {
+                    (log, entries) = log.reopen().await?; // The last word of the one before counts.
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            let (term, elapsed_ms) = (coordinator.term(), began.elapsed().as_millis());
+            info!(run = %config.run.run, %term, entries = entries.len(), elapsed_ms, "coordinating");
+            return Ok(Self { config, coordinator, log, clock, first });
+        }
     }
-    Ok(outcome)
+
+    /// Serves until the run has ended and everybody has heard of it.
+    ///
+    /// # Errors
+    /// As [`serve`].
+    pub async fn serve(self, listener: TcpListener) -> Result<Outcome, StartError> {
+        let Self { config, coordinator, log, clock, first } = self;
+        let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
+        let (publisher, subscriber) = watch::channel();
+        let assurance = log.assurance();
+        let host = Host {
+            committer: Committer::new(Arc::clone(&config), inputs.clone(), assurance.clone())
+                .await?,
+            welcome: welcome(&config),
+            announcer: Announcer::default(),
+            unacknowledged: BTreeSet::new(),
+            coordinator,
+            log,
+            assurance,
+            sessions: BTreeMap::new(),
+            publisher,
+            clock,
+            asked: Vec::new(),
+            config: Arc::clone(&config),
+        };
+        let (ended, end) = oneshot::channel();
+        let server =
+            tokio::spawn(rpc::serve(Arc::clone(&config), listener, inputs, subscriber, end));
+        let outcome = host.run(first, receiver).await?;
+        drop(ended);
+        match server.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(error = %error, "the server did not stop in order"),
+            Err(panic) => warn!(error = %panic, "the server did not stop in order"),
+        }
+        Ok(outcome)
+    }
 }
 
 fn check_run(config: &Config, entries: &[Entry]) -> Result<(), StartError> {
     match entries.first().map(|entry| &entry.record) {
         Some(Record::RunCreated { config: found }) if found.run != config.run.run => {
             Err(StartError::OtherRun {
-                path: config.log.clone(),
+                log: config.log.to_string(),
                 found: found.run.to_string(),
                 wanted: config.run.run.to_string(),
             })
@@ -171,9 +228,13 @@ pub(crate) fn generation_secret(config: &Config, generation: Generation) -> [u8;
 
 impl Host {
     /// Takes inputs in until the run has ended; returns how.
-    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<Outcome, StartError> {
-        // The first call carries out what `restore` decided: the new term becomes durable.
-        self.handle(vec![Event::DeadlineReached])?;
+    async fn run(
+        mut self,
+        first: Vec<Command>,
+        mut inputs: mpsc::Receiver<Input>,
+    ) -> Result<Outcome, StartError> {
+        first.into_iter().for_each(|command| self.carry_out(command));
+        let mut lost = self.assurance.clone();
         self.publisher.liveness(&self.coordinator);
         let mut published = Instant::now();
         let mut farewell: Option<Instant> = None;
@@ -194,11 +255,12 @@ impl Host {
                     }
                 }
                 () = sleep(patience) => {}
+                error = replaced(&mut lost) => return Err(error),
             }
             let mut events: Vec<_> =
                 batch.drain(..).filter_map(|input| self.event_of(input)).collect();
             events.push(Event::DeadlineReached);
-            self.handle(events)?;
+            self.handle(events).await?;
             for answer in self.asked.drain(..) {
                 answer.send(self.coordinator.next_kept()).ok(); // Whoever asked may be gone.
             }
@@ -208,6 +270,7 @@ impl Host {
                 published = Instant::now();
             }
         }
+        self.log.close().await;
         Ok(self.coordinator.ledger().outcome.clone().unwrap_or_else(|| Outcome::Failed {
             reason: "the coordinator was stopped before the run had ended".to_owned(),
         }))
@@ -261,10 +324,7 @@ impl Host {
                 Some(Event::CheckpointRequested)
             }
             Input::Read { from, entries } => {
-                match self.log.read_from(from) {
-                    Ok(found) => drop(entries.send(found)),
-                    Err(error) => warn!(error = %error, "a watcher could not be served"),
-                }
+                self.log.answer(from, entries);
                 None
             }
             Input::Cluster(event) => Some(event),
@@ -272,22 +332,16 @@ impl Host {
     }
 
     /// Lets the machine handle events, makes its records durable, then lets the rest take effect.
-    fn handle(&mut self, events: Vec<Event>) -> Result<(), StartError> {
+    async fn handle(&mut self, events: Vec<Event>) -> Result<(), StartError> {
+        if let Some(assurance) = &mut self.assurance {
+            assurance.assured().await?; // It may have slept, and another may lead.
+        }
         let now = self.clock.now();
         let commands: Vec<_> =
             events.into_iter().flat_map(|event| self.coordinator.handle(now, event)).collect();
-        let records: Vec<_> = commands
-            .iter()
-            .filter_map(|command| match command {
-                Command::Append(record) => Some(record.clone()),
-                Command::Send { .. } | Command::Close { .. } | Command::CommitCheckpoint { .. } => {
-                    None
-                }
-            })
-            .collect();
+        let records = records_of(&commands);
         if !records.is_empty() {
-            let log = &mut self.log;
-            let entries = tokio::task::block_in_place(|| log.append(now, &records))?;
+            let entries = self.log.append(now, &records).await?;
             entries.iter().for_each(tell);
             self.publisher.entries(&entries);
         }
@@ -348,6 +402,22 @@ impl Host {
             let response = v1::SessionResponse { run: run.clone(), term, kind };
             session.orders.try_send(Arc::new(response)).is_err()
         });
+    }
+}
+
+fn records_of(commands: &[Command]) -> Vec<Record> {
+    let record = |command: &Command| match command {
+        Command::Append(record) => Some(record.clone()),
+        Command::Send { .. } | Command::Close { .. } | Command::CommitCheckpoint { .. } => None,
+    };
+    commands.iter().filter_map(record).collect()
+}
+
+/// Returns when another leads.
+async fn replaced(assurance: &mut Option<Assurance>) -> StartError {
+    match assurance {
+        Some(assurance) => assurance.lost().await,
+        None => std::future::pending().await,
     }
 }
 

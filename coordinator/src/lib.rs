@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   worker --session--> rpc --Input--> host (one task) --Event--> cluster::Coordinator
-//!                                       |   Append  -> store (synced before what follows)
+//!                                       |   Append  -> log: store (a file) or journal (objects, under a lease); durable before what follows
 //!                                       |   Send    -> the session of the worker
 //!                                       |   Commit  -> checkpoint::commit, in the background
 //!                                       +-> watchers (entries of the log, liveness)
@@ -13,10 +13,14 @@
 mod commit;
 mod config;
 mod host;
+mod journal;
+mod lease;
+mod log;
 mod rpc;
 mod store;
 mod watch;
 
-pub use config::{Config, StartError};
-pub use host::serve;
+pub use config::{Config, Lease, LogAt, StartError};
+pub use host::{Leader, serve};
+pub use journal::{append as append_shared, read as read_shared};
 pub use store::{Entry, EventLog, LogError};

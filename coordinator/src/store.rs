@@ -73,6 +73,29 @@ pub enum LogError {
         #[source]
         source: serde_json::Error,
     },
+    /// An object of the log is not what was written.
+    #[error("event log: {object} cannot be read: {fault}; restore it from a copy")]
+    DamagedObject {
+        /// The object.
+        object: String,
+        /// What is wrong with it.
+        fault: String,
+    },
+    /// Another leader has written where this one wanted to. Nothing was appended.
+    #[error("{object} was written by the leader of term {by}: this one has been replaced")]
+    Superseded {
+        /// The object.
+        object: String,
+        /// The other's term.
+        by: cluster::Term,
+    },
+    /// The store did not answer, or said no.
+    #[error("event log")]
+    Store {
+        /// What it said.
+        #[source]
+        source: checkpoint::StoreError,
+    },
     /// The numbering has a hole.
     #[error("event log {}: entry {expected} is missing (found {found}); restore the file from a copy", path.display())]
     Gap {

@@ -36,7 +36,7 @@ fn config(folder: &Path) -> Config {
         },
         recipe: "seed = 1".to_owned(),
         token: "open sesame".to_owned(),
-        log: folder.join("log.redb"),
+        log: folder.join("log.redb").into(),
         checkpoints: folder.join("checkpoints").display().to_string(),
         keep: checkpoint::Retention { newest: 2, every_steps: 0, best: true },
         software: "test".to_owned(),

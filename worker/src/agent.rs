@@ -31,7 +31,7 @@ use tracing::{info, warn};
 use self::{
     ending::Terminations,
     outbox::Outbox,
-    session::{Link, Target},
+    session::{Address, Link, Target},
     upload::upload,
 };
 use crate::{
@@ -49,7 +49,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// What a worker is started with.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The coordinator, `http://host:port`.
+    /// The coordinator, `http://host:port`; with those that stand by, separated by commas.
     pub coordinator: String,
     /// The run.
     pub run: RunId,
@@ -149,20 +149,19 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
 fn target(options: &Options) -> Result<Target, AgentError> {
     let problem =
         |option: &'static str| move |problem: String| AgentError::Option { option, problem };
-    let endpoint = tonic::transport::Endpoint::from_shared(options.coordinator.clone())
-        .map_err(|_| format!("{:?} is not http://HOST:PORT", options.coordinator))
-        .map_err(problem("--coordinator"))?;
+    let address = |text: &str| {
+        let endpoint = tonic::transport::Endpoint::from_shared(text.to_owned())
+            .map_err(|_| format!("{text:?} is not http://HOST:PORT"))?;
+        Ok(Address { endpoint, text: text.to_owned() })
+    };
+    let addresses: Result<Vec<_>, String> = options.coordinator.split(',').map(address).collect();
+    let addresses = addresses.map_err(problem("--coordinator"))?;
     let token = read_token(&options.token_file).map_err(problem("--token-file"))?;
     let token = token
         .parse()
         .map_err(|_| format!("{} holds more than a token", options.token_file.display()))
         .map_err(problem("--token-file"))?;
-    Ok(Target {
-        endpoint,
-        address: options.coordinator.clone(),
-        run: options.run.to_string(),
-        token,
-    })
+    Ok(Target { addresses, run: options.run.to_string(), token })
 }
 
 fn read_token(file: &Path) -> Result<String, String> {

@@ -29,7 +29,7 @@ struct Arguments {
 
 #[derive(Debug, Args)]
 struct Training {
-    /// The coordinator, http://HOST:PORT.
+    /// The coordinator, http://HOST:PORT; and those that stand by, separated by commas.
     #[arg(long)]
     coordinator: String,
     /// The run to take part in.

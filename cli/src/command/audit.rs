@@ -11,15 +11,15 @@ use cluster::{
 };
 use shards::{BatchPlan, Dataset};
 
-use crate::{history, print, run_dir::RunDir};
+use crate::{history::Source, print};
 
 /// So many of the samples that an epoch leaves out are shown.
 const SHOWN_MAX: usize = 8;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The folder of the run.
-    #[arg(value_name = "RUN_DIR")]
+    /// The folder of the run, or the URL of its event log.
+    #[arg(value_name = "RUN_DIR|URL")]
     run_dir: PathBuf,
 }
 
@@ -52,20 +52,21 @@ impl Samples for Plan {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let dir = RunDir::at(&arguments.run_dir)?;
-    let recipe = history::require_run(&dir)?;
+    let source = Source::of(&arguments.run_dir).await?;
+    let recipe = source.recipe()?;
+    let place = source.location();
     let samples = Dataset::open(&recipe.data.location, &recipe.data.train)
         .context("key \"data.train\"")?
         .len();
-    let in_recipe = || format!("{} with {samples} training samples", dir.recipe().display());
-    let planned = recipe.plan(dir.run()?, samples, 1).with_context(in_recipe)?;
+    let in_recipe = || format!("the recipe in {place} with {samples} training samples");
+    let planned = recipe.plan(source.run()?, samples, 1).with_context(in_recipe)?;
     let (virtual_ranks, batch) = (recipe.virtual_ranks, recipe.batch_size);
     let batches = BatchPlan::new(samples, virtual_ranks, batch, recipe.seed);
     let batches = batches.with_context(in_recipe)?;
-    let entries = history::read(&dir, 1).await?.entries;
+    let entries = source.read(1).await?.entries;
     let records = entries.iter().map(|entry| (entry.sequence, entry.at, &entry.record));
     let proof = audit(&planned, &Plan { batches, samples, virtual_ranks }, records)
-        .with_context(|| format!("the log of run {dir} contradicts itself or its recipe"))?;
+        .with_context(|| format!("the log of run {place} contradicts itself or its recipe"))?;
     proof.epochs.iter().for_each(|epoch| print::out(&line(epoch)));
     print::out(&proof.to_string());
     Ok(ExitCode::SUCCESS)

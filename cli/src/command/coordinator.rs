@@ -5,30 +5,36 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
+    time::{Duration, SystemTime},
 };
 
-use ::coordinator::{Config, serve};
-use anyhow::{Context as _, Result, bail};
+use ::coordinator::{Config, Leader, Lease, LogAt};
+use anyhow::{Context as _, Result, bail, ensure};
+use checkpoint::Store;
 use clap::Args;
 use cluster::Outcome;
 use recipe::Recipe;
 use shards::Dataset;
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::{net::TcpSocket, sync::oneshot};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     command::checkpoints,
     run_dir::{self, RunDir},
+    shared::SharedRun,
 };
+
+/// Connections that may wait to be taken.
+const BACKLOG: u32 = 1024;
 
 pub(super) const AFTER_HELP: &str =
     "PERCHERON_LOG says how much is logged on the standard error [default: info].";
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The recipe of the run, a file.
+    /// The recipe of the run, a file. May be left out if --log names a run that has begun.
     #[arg(long, value_name = "FILE")]
-    recipe: String,
+    recipe: Option<String>,
     /// The folder of the run; it must hold the token.
     #[arg(long, value_name = "DIR")]
     run_dir: PathBuf,
@@ -41,6 +47,20 @@ pub(crate) struct Arguments {
     /// Write the address that is listened on into this file, in one piece.
     #[arg(long, value_name = "FILE")]
     addr_file: Option<PathBuf>,
+    /// The event log of the run in a store, s3://BUCKET/PREFIX or a folder that all nodes see: whoever leads
+    /// holds a lease there [default: what the run in --run-dir began with, or a database in --run-dir].
+    #[arg(long, value_name = "LOCATION")]
+    log: Option<String>,
+    /// Wait while another coordinator leads the run, and take over when it is gone.
+    #[arg(long)]
+    standby: bool,
+    /// A leader that is not heard of for so long is replaced, such as 3s.
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = parse_lease)]
+    lease: Duration,
+    /// What others see as the leader. Who starts under the name of the leader before says that it is dead
+    /// [default: drawn].
+    #[arg(long, value_name = "NAME")]
+    holder: Option<String>,
     /// Stop when the standard input is closed, so as not to outlive who started this.
     #[arg(long)]
     exit_with_stdin: bool,
@@ -54,33 +74,93 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let dir = RunDir::at(&arguments.run_dir)?;
-    let recipe = Recipe::load(&arguments.recipe, &[])?;
-    let samples = Dataset::open(&recipe.data.location, &recipe.data.train)?.len();
-    let plan = recipe.plan(dir.run()?, samples, arguments.workers)?;
-    let config = Config {
-        recipe: recipe.to_toml(),
-        token: dir.read_token()?,
-        log: dir.log(),
-        checkpoints: dir.checkpoints()?,
-        keep: checkpoints::retention(&recipe, plan.steps_per_epoch),
-        run: plan,
-        software: format!("percheron {}", env!("CARGO_PKG_VERSION")),
-    };
     let listen = arguments.listen;
-    let listener = TcpListener::bind(listen).await;
-    let listener = listener.with_context(|| format!("cannot listen on {listen}"))?;
+    let socket = bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
     if let Some(file) = &arguments.addr_file {
-        let address = listener.local_addr().context("the address that is listened on")?;
+        let address = socket.local_addr().context("the address that is listened on")?;
         run_dir::write_atomically(file, address.to_string().as_bytes(), 0o644)?;
     }
+    let config = configure(&arguments).await?;
+    let led = async {
+        let leader = Leader::begin(config).await?;
+        // Only now: who stands by lets nobody in.
+        let listener =
+            socket.listen(BACKLOG).with_context(|| format!("cannot listen on {listen}"))?;
+        anyhow::Ok(leader.serve(listener).await?)
+    };
     tokio::select! {
-        outcome = serve(config, listener) => match outcome? {
+        outcome = led => match outcome? {
             Outcome::Finished { .. } => Ok(ExitCode::SUCCESS),
             Outcome::Failed { reason } => bail!(reason),
         },
         () = stdin_closed(), if arguments.exit_with_stdin => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// A port that is taken; connections are refused until it is listened on.
+fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
+async fn configure(arguments: &Arguments) -> Result<Config> {
+    let dir = RunDir::at(&arguments.run_dir)?;
+    let log = match &arguments.log {
+        Some(log) => Some(log.clone()),
+        None => dir.shared_log()?,
+    };
+    ensure!(
+        log.is_some() || !arguments.standby,
+        "--standby needs --log: a file cannot be taken over"
+    );
+    let (recipe, run, checkpoints) = match (&arguments.recipe, &arguments.log) {
+        (None, Some(location)) => {
+            let shared = SharedRun::read(&Store::open(location)?).await?;
+            (shared.recipe(location)?, shared.run, shared.checkpoints)
+        }
+        (Some(file), _) => (Recipe::load(file, &[])?, dir.run()?, dir.checkpoints()?),
+        (None, None) => {
+            bail!("no recipe is given: say --recipe FILE, or --log LOCATION of its run")
+        }
+    };
+    let samples = Dataset::open(&recipe.data.location, &recipe.data.train)?.len();
+    let plan = recipe.plan(run, samples, arguments.workers)?;
+    let holder = match &arguments.holder {
+        Some(holder) => holder.clone(),
+        None => {
+            format!("{} process {} at {:?}", host_name(), std::process::id(), SystemTime::now())
+        }
+    };
+    let lease = Lease { holder, lasts: arguments.lease, standby: arguments.standby };
+    Ok(Config {
+        recipe: recipe.to_toml(),
+        token: dir.read_token()?,
+        log: log
+            .map_or_else(|| LogAt::File(dir.log()), |location| LogAt::Shared { location, lease }),
+        checkpoints,
+        keep: checkpoints::retention(&recipe, plan.steps_per_epoch),
+        run: plan,
+        software: format!("percheron {}", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+fn parse_lease(text: &str) -> Result<Duration, String> {
+    let problem = || format!("{text:?} is no time of at least 200ms, such as 3s or 500ms");
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s').ok_or_else(problem)?, 1000),
+    };
+    let number: u64 = number.parse().map_err(|_| problem())?;
+    let millis = number.checked_mul(unit).filter(|&millis| millis >= 200).ok_or_else(problem)?;
+    Ok(Duration::from_millis(millis))
+}
+
+/// What this machine calls itself.
+pub(crate) fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "this host".to_owned() } else { name.trim().to_owned() }
 }
 
 /// Ends when the standard input is closed.

@@ -6,16 +6,15 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::{
-    history,
+    history::Source,
     incidents::{self, Incident},
     print,
-    run_dir::RunDir,
 };
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The folder of the run.
-    #[arg(value_name = "RUN_DIR")]
+    /// The folder of the run, or the URL of its event log.
+    #[arg(value_name = "RUN_DIR|URL")]
     run_dir: PathBuf,
     /// Print a line of JSON an incident. Times are in milliseconds.
     #[arg(long)]
@@ -23,9 +22,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let dir = RunDir::at(&arguments.run_dir)?;
-    history::require_run(&dir)?;
-    let entries = history::read(&dir, 1).await?.entries;
+    let source = Source::of(&arguments.run_dir).await?;
+    let entries = source.read(1).await?.entries;
     let found = incidents::of(&entries);
     for incident in &found {
         if arguments.json {

@@ -8,15 +8,15 @@ use cluster::{Record, Timestamp};
 use coordinator::Entry;
 use serde::Serialize;
 
-use crate::{history, print, run_dir::RunDir, tale};
+use crate::{history::Source, print, tale};
 
 /// How often the log is looked at again while it is followed.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The folder of the run.
-    #[arg(value_name = "RUN_DIR")]
+    /// The folder of the run, or the URL of its event log.
+    #[arg(value_name = "RUN_DIR|URL")]
     run_dir: PathBuf,
     /// Go on with what is appended, until the run has ended.
     #[arg(long)]
@@ -34,11 +34,10 @@ struct Line<'a> {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let dir = RunDir::at(&arguments.run_dir)?;
-    history::require_run(&dir)?;
+    let source = Source::of(&arguments.run_dir).await?;
     let (mut next, mut began) = (1, None);
     loop {
-        let entries = history::read(&dir, next).await?.entries;
+        let entries = source.read(next).await?.entries;
         let mut has_ended = false;
         for entry in &entries {
             let began = *began.get_or_insert(entry.at);

@@ -10,16 +10,15 @@ use proto::v1::Liveness;
 use serde::Serialize;
 
 use crate::{
-    history::{self, History},
+    history::{History, Source},
     print,
-    run_dir::RunDir,
     up::{Report, Top1},
 };
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The folder of the run.
-    #[arg(long, value_name = "DIR")]
+    /// The folder of the run, or the URL of its event log.
+    #[arg(long, value_name = "DIR|URL")]
     run_dir: PathBuf,
     /// Print one line of JSON.
     #[arg(long)]
@@ -62,9 +61,7 @@ struct Scores {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let dir = RunDir::at(&arguments.run_dir)?;
-    history::require_run(&dir)?;
-    let status = find(&dir).await?;
+    let status = find(&Source::of(&arguments.run_dir).await?).await?;
     if arguments.json {
         print::out(&serde_json::to_string(&status).context("the status cannot be written")?);
     } else {
@@ -73,19 +70,19 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn find(dir: &RunDir) -> Result<Status> {
-    let History { entries, coordinator, liveness } = history::read(dir, 1).await?;
+async fn find(source: &Source) -> Result<Status> {
+    let History { entries, coordinator, liveness } = source.read(1).await?;
     let report = Report::of(&entries);
-    let store = Store::open(&dir.checkpoints()?)?;
+    let store = Store::open(&source.checkpoints()?)?;
     let checkpoints = committed_steps(&store).await?;
-    let run = dir.run()?.to_string();
-    Ok(Status::of(run, dir, coordinator, &report, &liveness, &checkpoints))
+    let run = source.run()?.to_string();
+    Ok(Status::of(run, source.location(), coordinator, &report, &liveness, &checkpoints))
 }
 
 impl Status {
     fn of(
         run: String,
-        dir: &RunDir,
+        location: &str,
         coordinator: Option<String>,
         report: &Report,
         liveness: &Liveness,
@@ -122,7 +119,7 @@ impl Status {
         let step = ledger.canonical.0;
         Self {
             run,
-            run_dir: dir.location().to_owned(),
+            run_dir: location.to_owned(),
             state,
             reason,
             coordinator,

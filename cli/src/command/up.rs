@@ -35,6 +35,11 @@ pub(crate) struct Arguments {
     /// [default: the folder of the run].
     #[arg(long, value_name = "LOCATION")]
     checkpoints: Option<String>,
+    /// Where a new run keeps its event log: s3://BUCKET/PREFIX, or a folder that other nodes see, so that
+    /// `percheron coordinator --log` can go on with the run from any of them. A run stays with what it began
+    /// with [default: a database in the folder of the run].
+    #[arg(long, value_name = "LOCATION")]
+    log: Option<String>,
     /// Lay a value over the recipe, such as `seed=7` or `ema.decay=0.99`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -60,12 +65,13 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { recipe, workers, run_dir, checkpoints, sets, chaos, quarantine, json, .. } =
         arguments;
-    let Arguments { devices, transport, .. } = arguments;
+    let Arguments { devices, transport, log, .. } = arguments;
     let start = prepare(Request {
         recipe,
         workers,
         run_dir,
         checkpoints,
+        log,
         sets,
         chaos,
         json,

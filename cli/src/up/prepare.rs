@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, path::PathBuf};
 use anyhow::{Context as _, Result, bail};
 use checkpoint::{Checkpoint, LoadError, Store, committed_steps, quarantine};
 use cluster::{Ledger, Outcome, Record, RunConfig, RunId, Step};
-use coordinator::EventLog;
 use recipe::Recipe;
 use shards::{Dataset, RandAugment};
 
 use crate::{
-    history, print,
+    history::{self, OpenLog},
+    print,
     run_dir::{Contents, Lock, RunDir, free_run_dir},
+    shared::SharedRun,
     up::{
         chaos::Chaos,
         means::Means,
@@ -28,6 +29,8 @@ pub(crate) struct Request {
     pub(crate) run_dir: Option<PathBuf>,
     /// Where a new run keeps its checkpoints, if not in its folder.
     pub(crate) checkpoints: Option<String>,
+    /// Where a new run keeps its event log, if not in its folder.
+    pub(crate) log: Option<String>,
     pub(crate) sets: Vec<String>,
     pub(crate) chaos: Option<String>,
     pub(crate) json: bool,
@@ -92,6 +95,7 @@ pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
         (Some(dir), Contents::Run(_)) => {
             let lock = dir.lock()?;
             check_same_place(&dir, request.checkpoints.as_deref())?;
+            check_same_log(&dir, request.log.as_deref())?;
             let report = check_history(&dir, request.quarantine).await?;
             if let Some(summary) = report.summary(plan.run.as_str(), dir.location()) {
                 return Ok(Start::Finished(Box::new(summary)));
@@ -105,11 +109,20 @@ pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
             }
             let dir = given.map_or_else(|| free_run_dir(&recipe.name), Ok)?;
             let lock = dir.lock()?;
+            if let Some(location) = &mut request.log {
+                *location = absolute(location)?;
+                let checkpoints = request.checkpoints.as_deref().unwrap_or_else(|| dir.location());
+                let (run, checkpoints) = (dir.run()?, checkpoints.to_owned());
+                let shared = SharedRun { run, checkpoints, recipe: recipe.to_toml() };
+                let store = Store::create(location).context("--log")?;
+                store.check_contract().await.context("--log")?;
+                shared.write(&store).await?;
+            }
             (dir, lock, Report::default(), worker_program)
         }
     };
     plan.run = dir.run()?;
-    dir.write(&plan.run, &recipe, request.checkpoints.as_deref())?;
+    dir.write(&plan.run, &recipe, request.checkpoints.as_deref(), request.log.as_deref())?;
     let token = dir.read_token()?;
     let Request { json, devices, transport, .. } = request;
     let means = Means { threads: recipe.threads, devices, transport };
@@ -171,6 +184,19 @@ fn check_same_place(dir: &RunDir, asked: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// A run stays with its log.
+fn check_same_log(dir: &RunDir, asked: Option<&str>) -> Result<()> {
+    let stored = dir.shared_log()?;
+    let Some(asked) = asked else { return Ok(()) };
+    if Some(absolute(asked)?) != stored {
+        let stored = stored.unwrap_or_else(|| dir.log().display().to_string());
+        bail!(
+            "run directory {dir} keeps its event log in {stored}, and --log says {asked}: leave it out"
+        );
+    }
+    Ok(())
+}
+
 /// Opens the place for a new run's checkpoints; returns a location that means the same from everywhere.
 async fn check_free(location: &str) -> Result<String> {
     let location = absolute(location)?;
@@ -225,8 +251,11 @@ fn check_dataset(recipe: &Recipe) -> Result<u64> {
 
 /// What is there of a run that was begun: its log, and the checkpoint that it would go on from.
 async fn check_history(dir: &RunDir, can_quarantine: bool) -> Result<Report> {
-    let mut log = if dir.log().exists() { Some(history::open_log(dir).await?) } else { None };
-    let entries = log.as_ref().map(|log| log.read_from(1)).transpose()?.unwrap_or_default();
+    let mut log = history::open_log(dir).await?;
+    let entries = match &log {
+        Some(log) => log.read_from(1).await?,
+        None => Vec::new(),
+    };
     let mut report = Report::of(&entries);
     match &report.ledger().outcome {
         Some(Outcome::Finished { .. }) => return Ok(report),
@@ -258,7 +287,7 @@ async fn check_history(dir: &RunDir, can_quarantine: bool) -> Result<Report> {
         );
     }
     if let Some(log) = &mut log {
-        forget_missing(dir, log, &mut report, &committed, &aside)?;
+        forget_missing(dir, log, &mut report, &committed, &aside).await?;
     }
     Ok(report)
 }
@@ -273,9 +302,9 @@ async fn check_newest(store: &Store) -> Result<Option<LoadError>> {
 }
 
 /// A checkpoint that was taken away, because it was damaged for instance, is no longer counted on.
-fn forget_missing(
+async fn forget_missing(
     dir: &RunDir,
-    log: &mut EventLog,
+    log: &mut OpenLog,
     report: &mut Report,
     committed: &[Step],
     aside: &BTreeMap<Step, String>,
@@ -292,8 +321,8 @@ fn forget_missing(
         );
     }
     // The log's own clock does not run backwards.
-    let at = log.read_from(log.last())?.last().map(|entry| entry.at).unwrap_or_default();
-    log.append(at, &records)?.iter().for_each(|entry| report.apply(entry));
+    let at = log.read_from(report.last()).await?.last().map(|entry| entry.at).unwrap_or_default();
+    log.append(at, &records).await?.iter().for_each(|entry| report.apply(entry));
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use tokio::{
 use self::children::{Coordinator, Worker};
 use crate::{
     client::{self, Client},
-    print,
+    history, print,
     run_dir::{Lock, RunDir},
     up::{
         chaos::{Chaos, Deed, Disturbance, victim},
@@ -339,8 +339,16 @@ impl Supervisor {
 
     /// A coordinator that ended by itself may have written more than it could tell.
     fn read_rest(&mut self) -> Result<Option<Exit>> {
-        let entries = match coordinator::EventLog::open(&self.dir.log()) {
-            Ok(log) => log.read_from(self.report.last() + 1)?,
+        let (dir, from) = (self.dir.clone(), self.report.last() + 1);
+        let read = async {
+            match history::open_log(&dir).await? {
+                Some(log) => log.read_from(from).await,
+                None => Ok(Vec::new()),
+            }
+        };
+        let runtime = tokio::runtime::Handle::current();
+        let entries = match tokio::task::block_in_place(|| runtime.block_on(read)) {
+            Ok(entries) => entries,
             Err(_) => return Ok(None), // If it cannot be used, the next coordinator will say why.
         };
         for entry in &entries {

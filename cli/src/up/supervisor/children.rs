@@ -6,7 +6,10 @@ use nix::sys::signal::Signal;
 use tokio::process::Command;
 
 use super::*;
-use crate::up::process::{Process, spawn};
+use crate::{
+    command::coordinator::host_name,
+    up::process::{Process, spawn},
+};
 
 /// How long a coordinator may take until it listens.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -89,7 +92,9 @@ impl Supervisor {
             .arg(self.dir.location())
             .arg("--addr-file")
             .arg(&file)
-            .arg("--exit-with-stdin");
+            .arg("--exit-with-stdin")
+            // There is one at a time: each need not wait for the lease of the one before.
+            .args(["--holder", &format!("{} of {}", host_name(), self.dir)]);
         let log = self.dir.process_log("coordinator");
         let process = spawn(command, &log, self.happenings.clone(), Happening::CoordinatorEnded)?;
         let address_watch = tokio::spawn(wait_for_address(file, log, self.happenings.clone()));

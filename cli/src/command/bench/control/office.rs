@@ -52,7 +52,7 @@ impl Office {
         let data = write_dataset(folder.path(), workers * BATCH_SIZE)?;
         let dir = RunDir::at(&folder.path().join("control"))?;
         let run = dir.run()?;
-        dir.write(&run, &recipe_for(workers, &data)?, None)?;
+        dir.write(&run, &recipe_for(workers, &data)?, None, None)?;
         let log = dir.process_log("coordinator");
         let log = fs::File::create(&log).with_context(|| log.display().to_string())?;
         let this = std::env::current_exe().context("this program cannot tell where it lies")?;
