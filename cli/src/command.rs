@@ -13,6 +13,7 @@ mod recipe;
 mod shards;
 mod simulate;
 mod status;
+mod train;
 mod up;
 mod worker;
 
@@ -27,6 +28,9 @@ pub(crate) enum Command {
     /// Train on this machine: start a coordinator and workers, supervise them, show how far they are.
     #[command(after_help = up::AFTER_HELP)]
     Up(up::Arguments),
+    /// Train by the original's own command line: its flags under their own names.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Train(train::Arguments),
     /// Show how far a run is.
     Status(status::Arguments),
     /// Prove from its log that a run consumed every sample once and made every step in order.
@@ -62,6 +66,9 @@ pub(crate) enum Command {
     /// Write the weights of a checkpoint as .pth or .safetensors.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Export(worker::Arguments),
+    /// Evaluate a checkpoint: every exit, every class, and dynamic inference at 33 budgets.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Eval(worker::Arguments),
     /// List the registered models, or show one: parameters, multiply–accumulates, stages, channels.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Model(worker::Arguments),
@@ -81,6 +88,7 @@ impl Command {
     pub(crate) fn run(self) -> Result<ExitCode> {
         match self {
             Self::Up(arguments) => in_runtime(up::run(arguments)),
+            Self::Train(arguments) => train::run(&arguments),
             Self::Status(arguments) => in_runtime(status::run(arguments)),
             Self::Audit(arguments) => in_runtime(audit::run(arguments)),
             Self::Log(arguments) => in_runtime(log::run(arguments)),
@@ -95,6 +103,7 @@ impl Command {
             Self::Recipe(command) => recipe::run(command),
             Self::Import(arguments) => worker::run_tool("import", arguments),
             Self::Export(arguments) => worker::run_tool("export", arguments),
+            Self::Eval(arguments) => worker::run_tool("eval", arguments),
             Self::Model(arguments) => worker::run_tool("model", arguments),
             Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

@@ -88,6 +88,23 @@ pub struct Measured {
     pub counts: [usize; 4],
     /// Share of those whose exit was right; `None` where nobody left.
     pub accuracy_of_exit: [Option<f64>; 4],
+    /// How many those are.
+    pub hits: [usize; 4],
+}
+
+impl Measured {
+    /// The line that the reference writes to `dynamic.txt` for a budget: accuracy in percent, a tab, the mean
+    /// cost, which it computes in f32; both as Python prints them, to the byte. `costs` are those up to each
+    /// exit, in the unit that the file is to have (the reference: 10⁹).
+    #[expect(clippy::cast_possible_truncation, reason = "the reference computes in f32")]
+    pub fn reference_line(&self, costs: [f64; 4]) -> String {
+        let samples = self.counts.iter().sum::<usize>();
+        let accuracy = self.hits.iter().sum::<usize>() as f64 * 100.0 / samples as f64;
+        let cost = |(count, cost): (&usize, f64)| *count as f32 / samples as f32 * cost as f32;
+        let mean_cost =
+            self.counts.iter().zip(costs).map(cost).fold(0.0_f32, |sum, cost| sum + cost);
+        format!("{accuracy:?}\t{:?}", f64::from(mean_cost))
+    }
 }
 
 /// Lets each sample leave at the first exit whose confidence reaches its threshold.
@@ -122,6 +139,7 @@ pub fn measure(
         accuracy_of_exit: std::array::from_fn(|exit| {
             (counts[exit] > 0).then(|| share(hits[exit], counts[exit]))
         }),
+        hits,
     }
 }
 

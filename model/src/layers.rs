@@ -141,19 +141,23 @@ impl BatchNorm {
 
     /// In training the running statistics, which are views of the flat buffers, move in place.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        self.forward_then(x, mode, Then::Nothing)
+        self.normalized(x, mode)
     }
 
-    /// Normalises, then does what follows.
-    pub(crate) fn forward_then(&self, x: &Tensor, mode: Mode, then: Then<'_>) -> Tensor {
-        if matches!(mode, Mode::Train(_)) && fused::takes(x) {
+    /// Normalises what a convolution has made, then does what follows.
+    pub(crate) fn forward_then(&self, x: Tensor, mode: Mode, then: Then<'_>) -> Tensor {
+        if fused::takes(&x) {
             let epsilon = self.constants.epsilon;
             let norm = Norm { weight: &self.weight, bias: &self.bias, epsilon };
-            let (y, statistics) = norm::batch_norm(x, &norm, then);
+            if matches!(mode, Mode::Eval) {
+                let running = [&self.running_mean, &self.running_var];
+                return norm::running::normalize(x, &norm, running, then);
+            }
+            let (y, statistics) = norm::batch_norm(&x, &norm, then);
             self.track(&statistics);
             return y;
         }
-        let mut y = self.normalized(x, mode);
+        let mut y = self.normalized(&x, mode);
         match then {
             Then::Nothing => y,
             Then::Relu => y.relu_(),

@@ -6,6 +6,8 @@
 //!
 //! `y = relu(scale·(x - mean)/√(variance + ε) + bias + shortcut)`, each of the last two if asked for.
 
+pub(crate) mod running;
+
 use libtorch::{Kernel, vectorized};
 use tch::Tensor;
 

@@ -14,6 +14,9 @@ use crate::{Recipe, ranges};
 pub const BUILT_IN: &[(&str, &str)] = &[
     ("digits", include_str!("../../worker/recipes/digits.toml")),
     ("clothing", include_str!("../../worker/recipes/clothing.toml")),
+    ("reg800m", include_str!("../../worker/recipes/reg800m.toml")),
+    ("resnet50-0375", include_str!("../../worker/recipes/resnet50-0375.toml")),
+    ("mobilenetv3-0x75", include_str!("../../worker/recipes/mobilenetv3-0x75.toml")),
 ];
 
 /// A recipe that cannot be used.

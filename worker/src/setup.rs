@@ -8,7 +8,7 @@ use recipe::{Precision, Recipe};
 use shards::{BatchPlan, Dataset, Mixing, OnCorruptSample, Transform};
 use tch::Kind;
 
-mod images;
+pub(crate) mod images;
 
 /// All that follows from the recipe and the dataset. The same on every worker of a run.
 #[derive(Debug)]
@@ -209,7 +209,7 @@ fn model_config(recipe: &Recipe) -> ModelConfig {
     }
 }
 
-fn loss_config(recipe: &Recipe) -> LossConfig {
+pub(crate) fn loss_config(recipe: &Recipe) -> LossConfig {
     let l = &recipe.loss;
     LossConfig {
         cnn_factor: l.cnn_factor,

@@ -1,5 +1,6 @@
 //! What `percheron-worker` does beside training, for the commands of `percheron` that need the network.
 
+mod eval;
 mod export;
 mod import;
 mod models;
@@ -31,6 +32,8 @@ pub enum Tool {
     Import(import::Arguments),
     /// Write the weights of a checkpoint as .pth or .safetensors.
     Export(export::Arguments),
+    /// Evaluate a checkpoint: exits, classes, dynamic inference.
+    Eval(eval::Arguments),
     /// List the registered models, or show one.
     #[command(subcommand)]
     Model(models::Command),
@@ -52,6 +55,7 @@ impl Tool {
         match self {
             Self::BenchStep(options) => options.threads,
             Self::BenchExits(options) => options.threads,
+            Self::Eval(arguments) => arguments.threads,
             Self::Import(_) | Self::Export(_) | Self::Model(_) | Self::BenchCheckpoint(_) => 1,
         }
     }
@@ -64,6 +68,7 @@ impl Tool {
         match self {
             Self::Import(arguments) => import::run(arguments).await,
             Self::Export(arguments) => export::run(arguments).await,
+            Self::Eval(arguments) => eval::run(arguments).await,
             Self::Model(command) => models::run(&command),
             Self::BenchStep(options) => {
                 let report = bench::run(&options)?;

@@ -32,7 +32,7 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         Command::Show(show) => print::out_text(&Recipe::load(&show.name, &show.sets)?.to_toml()),
         Command::List => {
             for (name, text) in BUILT_IN {
-                print::out(&format!("{name:<12} {}", headline(text)));
+                print::out(&format!("{name:<16} {}", headline(text)));
             }
         }
     }

@@ -66,8 +66,10 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { recipe, workers, run_dir, checkpoints, sets, chaos, quarantine, json, .. } =
         arguments;
     let Arguments { devices, transport, log, .. } = arguments;
-    let start = prepare(Request {
+    let ready = None;
+    let asked = Request {
         recipe,
+        ready,
         workers,
         run_dir,
         checkpoints,
@@ -78,18 +80,23 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         quarantine,
         devices,
         transport,
-    })
-    .await?;
-    let ending = match start {
+    };
+    Ok(carry_out(asked).await?.0)
+}
+
+/// Trains as asked; returns what the process ends with, and the folder of a run that is finished.
+pub(super) async fn carry_out(request: Request) -> Result<(ExitCode, Option<PathBuf>)> {
+    let json = request.json;
+    let ending = match prepare(request).await? {
         Start::Finished(summary) => Ending::Finished(summary),
         Start::Run(prepared) => supervise(*prepared).await?,
     };
     match ending {
         Ending::Finished(summary) => {
             show(&summary, json)?;
-            Ok(ExitCode::SUCCESS)
+            Ok((ExitCode::SUCCESS, Some(PathBuf::from(&summary.run_dir))))
         }
-        Ending::Interrupted => Ok(ExitCode::from(130)),
+        Ending::Interrupted => Ok((ExitCode::from(130), None)),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::up::worker_program;
 pub(crate) struct Arguments {
     /// Passed on as they are; --help shows what there is.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
-    arguments: Vec<OsString>,
+    pub(super) arguments: Vec<OsString>,
 }
 
 /// `percheron worker`: a worker of a run.

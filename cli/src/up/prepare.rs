@@ -25,6 +25,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) recipe: Option<String>,
+    /// A recipe that is complete, instead of a name and `sets`.
+    pub(crate) ready: Option<Recipe>,
     pub(crate) workers: u32,
     pub(crate) run_dir: Option<PathBuf>,
     /// Where a new run keeps its checkpoints, if not in its folder.
@@ -132,12 +134,13 @@ pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
 
 /// The recipe that is asked for, with a location that means the same from everywhere.
 fn asked_recipe(request: &Request, dir: Option<&RunDir>, stored: &Contents) -> Result<Recipe> {
-    let mut recipe = match (&request.recipe, dir, stored) {
-        (Some(name), _, _) => Recipe::load(name, &request.sets)?,
-        (None, Some(dir), Contents::Run(_)) => {
+    let mut recipe = match (&request.ready, &request.recipe, dir, stored) {
+        (Some(recipe), ..) => recipe.clone(),
+        (None, Some(name), _, _) => Recipe::load(name, &request.sets)?,
+        (None, None, Some(dir), Contents::Run(_)) => {
             Recipe::load(&dir.recipe().display().to_string(), &request.sets)?
         }
-        (None, _, _) => {
+        (None, None, _, _) => {
             bail!("no recipe is given: say --recipe NAME or PATH (see `percheron recipe list`)")
         }
     };

@@ -43,17 +43,17 @@ impl ConvNorm {
 
     /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward(&self.convolution.forward(x), mode)
+        self.norm.forward_then(self.convolution.forward(x), mode, Then::Nothing)
     }
 
     /// The same, then ReLU.
     pub(crate) fn forward_relu(&self, x: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward_then(&self.convolution.forward(x), mode, Then::Relu)
+        self.norm.forward_then(self.convolution.forward(x), mode, Then::Relu)
     }
 
     /// The same, then the addition of `shortcut` and ReLU.
     pub(crate) fn forward_add_relu(&self, x: &Tensor, shortcut: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward_then(&self.convolution.forward(x), mode, Then::AddRelu(shortcut))
+        self.norm.forward_then(self.convolution.forward(x), mode, Then::AddRelu(shortcut))
     }
 }
 

@@ -9,7 +9,7 @@ use super::SetupError;
 
 /// How images are shown, to train on and to evaluate.
 #[expect(clippy::cast_possible_truncation, reason = "pixels are normalised in f32")]
-pub(super) fn augment(recipe: &Recipe) -> Result<Augment, SetupError> {
+pub(crate) fn augment(recipe: &Recipe) -> Result<Augment, SetupError> {
     let (d, a) = (&recipe.data, &recipe.augment);
     let Interpolation::Bicubic = d.interpolation;
     let EraseMode::Pixel = a.remode;
@@ -56,7 +56,7 @@ pub(super) fn mixing(recipe: &Recipe) -> Result<Option<Mixing>, SetupError> {
 }
 
 /// How an epoch mixes the samples.
-pub(super) fn shuffle(recipe: &Recipe) -> shards::Shuffle {
+pub(crate) fn shuffle(recipe: &Recipe) -> shards::Shuffle {
     let d = &recipe.data;
     let count = |value: u32| NonZeroU32::new(value).expect("the recipe has been checked");
     match d.shuffle {

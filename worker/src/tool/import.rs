@@ -173,6 +173,16 @@ fn fill(
     Ok(Taken { live: live_key, averaged: averaged_key, moments: optimizer.is_some() })
 }
 
+/// The weights of a file, in memory, and the recipe that its args make, with `sets` laid over it.
+pub(super) fn load(file: &Path, sets: &[String]) -> Result<(Recipe, TrainState)> {
+    let in_file = || file.display().to_string();
+    let content = read(file)?;
+    let recipe = own_recipe(&content, None, sets).with_context(in_file)?;
+    let mut state = empty_state(&recipe)?;
+    fill(&mut state, &content, None, recipe.update_freq.into()).with_context(in_file)?;
+    Ok((recipe, state))
+}
+
 type Arrays<'v> = Vec<(&'v str, &'v Array)>;
 
 fn find<'v>(content: &'v Value, key: Option<&str>, keys: &[&str]) -> Option<(String, Arrays<'v>)> {

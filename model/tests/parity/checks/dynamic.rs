@@ -63,6 +63,7 @@ pub(crate) fn evaluation(golden: &Golden) -> Vec<Check> {
     let costs: [f64; 4] = numbers(&file["flops"]).try_into().expect("one an exit");
     let mut solved = Check::new("shares and thresholds", 1e-6);
     let mut measured = Check::new("accuracies and costs", 1e-6);
+    let mut lines = Check::new("lines of dynamic.txt, to the byte", 0.0);
     for (row, shares) in file["rows"].as_array().expect("a list").iter().zip(budgets()) {
         let place = || format!("budget {}", row["i"]);
         solved.see(difference(&shares.map(f64::from), &numbers(&row["p"])), place);
@@ -76,8 +77,10 @@ pub(crate) fn evaluation(golden: &Golden) -> Vec<Check> {
         compare(&mut measured, &found, stored, &place());
         let counts = numbers(&row["test_exit_counts"]);
         measured.must(found.counts.iter().map(|count| *count as f64).eq(counts), place);
+        let line = format!("{:?}\t{:?}", number(&row["test_acc"]), number(&row["test_flops"]));
+        lines.must(found.reference_line(costs) == line, || format!("{}: {line}", place()));
     }
-    vec![solved, measured, edges(&file)]
+    vec![solved, measured, lines, edges(&file)]
 }
 
 /// Ties, empty quotas and quotas that cannot be filled.
