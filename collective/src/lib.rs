@@ -1,8 +1,9 @@
 //! The sum over ranks, to the same bits whatever the number of ranks.
 //!
 //! [`Exchange`] moves bytes between the ranks of one generation; [`Reduction`] adds vectors with it
-//! along a fixed tree over virtual ranks. Transports: [`MeshListener`] forms a TCP [`Mesh`] between
-//! processes, [`local`] connects threads of one process for tests.
+//! along a fixed tree over virtual ranks, and [`TensorReduction`] tensors on a device. Transports:
+//! [`MeshListener`] forms a TCP [`Mesh`] between processes, [`nccl`] connects their GPUs, [`local`]
+//! threads of one process for tests.
 //!
 //! **Invariant**: an exchange that failed stays failed. What a peer has received is then unknown, so
 //! the only way on is a new generation, with a new exchange.
@@ -12,6 +13,7 @@ mod error;
 pub mod local;
 mod mesh;
 pub mod nccl;
+mod plan;
 mod tensors;
 mod tree;
 

@@ -3,15 +3,13 @@
 
 use std::ops::Range;
 
-use cluster::{
-    Rank,
-    blocks::{self, Node},
-};
+use cluster::Rank;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    Exchange, ExchangeError, slice_of,
-    tree::{deepest, merges},
+    Exchange, ExchangeError,
+    plan::{Plan, deepest},
+    slice_of,
 };
 
 /// Moves rows of floats on a device between ranks, as [`Exchange`] moves bytes of the host.
@@ -114,11 +112,7 @@ pub struct TensorReduction {
     virtual_ranks: u32,
     len: i64,
     device: Device,
-    rank: Rank,
-    block: Range<u32>,
-    local_merges: Vec<u32>,
-    final_merges: Vec<u32>,
-    cover_sizes: Vec<usize>,
+    plan: Plan,
     leaves_pushed: usize,
     depth: usize,
     held: Vec<Tensor>,
@@ -129,20 +123,18 @@ impl TensorReduction {
     #[must_use]
     pub fn new(virtual_ranks: u32, len: usize, device: Device) -> Self {
         let len = i64::try_from(len).expect("no memory holds more floats");
+        let everything = 0..virtual_ranks;
+        let everything = std::slice::from_ref(&everything);
         let mut reduction = Self {
             virtual_ranks,
             len,
             device,
-            rank: Rank(0),
-            block: 0..0,
-            local_merges: Vec::new(),
-            final_merges: Vec::new(),
-            cover_sizes: Vec::new(),
+            plan: Plan::new(virtual_ranks, everything, Rank(0)),
             leaves_pushed: 0,
             depth: 0,
             held: Vec::new(),
         };
-        reduction.regroup(std::slice::from_ref(&(0..virtual_ranks)), Rank(0));
+        reduction.regroup(everything, Rank(0));
         reduction
     }
 
@@ -151,25 +143,17 @@ impl TensorReduction {
     /// # Panics
     /// As [`crate::Reduction::new`].
     pub fn regroup(&mut self, blocks: &[Range<u32>], rank: Rank) {
-        let everything = 0..self.virtual_ranks;
-        let block = blocks.get(rank.0 as usize).expect("the rank has a block").clone();
-        let covers: Vec<Vec<Node>> =
-            blocks.iter().map(|block| blocks::cover(self.virtual_ranks, block)).collect();
-        let leaves: Vec<Node> = block.clone().map(|leaf| leaf..leaf + 1).collect();
-        self.local_merges = merges(self.virtual_ranks, &block, &leaves);
-        self.final_merges = merges(self.virtual_ranks, &everything, &covers.concat());
-        self.cover_sizes = covers.iter().map(Vec::len).collect();
-        (self.rank, self.block) = (rank, block);
+        self.plan = Plan::new(self.virtual_ranks, blocks, rank);
         self.reset();
         let row = || Tensor::zeros([self.len], (Kind::Float, self.device));
-        let count = deepest(&self.local_merges).max(1);
+        let count = deepest(&self.plan.local_merges).max(1);
         self.held.resize_with(count, row);
     }
 
     /// The virtual ranks whose rows are pushed here, in this order.
     #[must_use]
     pub fn block(&self) -> Range<u32> {
-        self.block.clone()
+        self.plan.block.clone()
     }
 
     /// Where the next hosted virtual rank's row goes, to be filled and then pushed.
@@ -177,7 +161,7 @@ impl TensorReduction {
     /// # Panics
     /// If all of the block was pushed.
     pub fn leaf(&mut self) -> &mut Tensor {
-        assert!(self.leaves_pushed < self.local_merges.len(), "all leaves were pushed");
+        assert!(self.leaves_pushed < self.plan.local_merges.len(), "all leaves were pushed");
         &mut self.held[self.depth]
     }
 
@@ -186,9 +170,9 @@ impl TensorReduction {
     /// # Panics
     /// If all of the block was pushed.
     pub fn push(&mut self) {
-        assert!(self.leaves_pushed < self.local_merges.len(), "all leaves were pushed");
+        assert!(self.leaves_pushed < self.plan.local_merges.len(), "all leaves were pushed");
         self.depth += 1;
-        for _ in 0..self.local_merges[self.leaves_pushed] {
+        for _ in 0..self.plan.local_merges[self.leaves_pushed] {
             let (left, right) = self.held[..self.depth].split_at_mut(self.depth - 1);
             add(&mut left[self.depth - 2], &right[0]);
             self.depth -= 1;
@@ -209,11 +193,11 @@ impl TensorReduction {
     /// # Panics
     /// If not all of the block was pushed, or `exchange` is of another group than the plan.
     pub fn finish(&mut self, exchange: &mut dyn TensorExchange) -> Result<&Tensor, ExchangeError> {
-        assert_eq!(self.leaves_pushed, self.local_merges.len(), "leaves are missing");
-        let ranks = self.cover_sizes.len();
+        assert_eq!(self.leaves_pushed, self.plan.local_merges.len(), "leaves are missing");
+        let ranks = self.plan.cover_sizes.len();
         assert_eq!(
             (exchange.rank(), exchange.size() as usize),
-            (self.rank, ranks),
+            (self.plan.rank, ranks),
             "another group"
         );
         self.reset();
@@ -228,7 +212,7 @@ impl TensorReduction {
     /// A rank's slice of a row.
     fn slice(&self, row: &Tensor, rank: usize) -> Tensor {
         let len = usize::try_from(self.len).expect("it is not negative");
-        let slice = slice_of(len, rank, self.cover_sizes.len());
+        let slice = slice_of(len, rank, self.plan.cover_sizes.len());
         let index = |at: usize| i64::try_from(at).expect("it is within the row");
         row.narrow(0, index(slice.start), index(slice.len()))
     }
@@ -242,24 +226,24 @@ impl TensorReduction {
         &self,
         exchange: &mut dyn TensorExchange,
     ) -> Result<Vec<Vec<Tensor>>, ExchangeError> {
-        let (ranks, me) = (self.cover_sizes.len(), self.rank.0 as usize);
-        let own_nodes = &self.held[..self.cover_sizes[me]];
+        let (ranks, me) = (self.plan.cover_sizes.len(), self.plan.rank.0 as usize);
+        let own_nodes = &self.held[..self.plan.cover_sizes[me]];
         let mut received: Vec<Vec<Tensor>> = (0..ranks).map(|_| Vec::new()).collect();
-        let rounds = self.cover_sizes.iter().copied().max().unwrap_or(0);
+        let rounds = self.plan.cover_sizes.iter().copied().max().unwrap_or(0);
         for round in 0..rounds {
             let out = |to: usize| match own_nodes.get(round) {
                 Some(node) if to != me => self.slice(node, to),
                 Some(_) | None => self.nothing(),
             };
             let into = |from: usize| {
-                let comes = from != me && round < self.cover_sizes[from];
+                let comes = from != me && round < self.plan.cover_sizes[from];
                 if comes { self.slice(&self.held[0], me).empty_like() } else { self.nothing() }
             };
             let outgoing: Vec<Tensor> = (0..ranks).map(out).collect();
             let mut incoming: Vec<Tensor> = (0..ranks).map(into).collect();
             exchange.all_to_all(&outgoing, &mut incoming)?;
             for (from, node) in incoming.into_iter().enumerate() {
-                if from != me && round < self.cover_sizes[from] {
+                if from != me && round < self.plan.cover_sizes[from] {
                     received[from].push(node);
                 }
             }
@@ -269,12 +253,12 @@ impl TensorReduction {
 
     /// Takes this rank's slice through the rest of the tree, into `held[0]`.
     fn sum_own_slice(&mut self, received: Vec<Vec<Tensor>>) {
-        let me = self.rank.0 as usize;
-        let mut merges = self.final_merges.iter();
+        let me = self.plan.rank.0 as usize;
+        let mut merges = self.plan.final_merges.iter();
         let mut sums: Vec<Tensor> = Vec::new();
         for (rank, mut nodes) in received.into_iter().enumerate() {
             if rank == me {
-                let own = self.held[..self.cover_sizes[me]].iter();
+                let own = self.held[..self.plan.cover_sizes[me]].iter();
                 nodes = own.map(|node| self.slice(node, me).copy()).collect();
             }
             for node in nodes {
@@ -292,7 +276,7 @@ impl TensorReduction {
 
     /// Sends the own slice of the sum to all, and receives theirs.
     fn gather(&mut self, exchange: &mut dyn TensorExchange) -> Result<(), ExchangeError> {
-        let (ranks, me) = (self.cover_sizes.len(), self.rank.0 as usize);
+        let (ranks, me) = (self.plan.cover_sizes.len(), self.plan.rank.0 as usize);
         let own = self.slice(&self.held[0], me);
         let unless_own = |rank: usize, row: Tensor| if rank == me { self.nothing() } else { row };
         let outgoing: Vec<_> = (0..ranks).map(|to| unless_own(to, own.shallow_clone())).collect();
@@ -310,6 +294,8 @@ fn add(left: &mut Tensor, right: &Tensor) {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use cluster::blocks;
 
     use super::*;
     use crate::{Reduction, local};

@@ -16,12 +16,13 @@
 use std::{fmt, ops::Range};
 
 use bytemuck::{cast_slice, cast_slice_mut};
-use cluster::{
-    Rank,
-    blocks::{self, Node},
-};
+use cluster::Rank;
 
-use crate::{Exchange, ExchangeError, slice_of, slices_mut};
+use crate::{
+    Exchange, ExchangeError,
+    plan::{Plan, deepest},
+    slice_of, slices_mut,
+};
 
 /// Floats of a slice that are taken through the rest of the tree at once: a few of them per level
 /// fit in the first-level cache.
@@ -37,14 +38,7 @@ const PIECE: usize = 2048;
 pub struct Reduction {
     virtual_ranks: u32,
     len: usize,
-    rank: Rank,
-    block: Range<u32>,
-    /// Merges that follow each local leaf, left to right.
-    local_merges: Vec<u32>,
-    /// Merges that follow each node of all covers, left to right.
-    final_merges: Vec<u32>,
-    /// How many nodes each rank brings.
-    cover_sizes: Vec<usize>,
+    plan: Plan,
     leaves_pushed: usize,
     /// Partial sums not yet merged are `held[..depth]`; in the end they are the own cover.
     depth: usize,
@@ -66,11 +60,7 @@ impl Reduction {
         let mut reduction = Self {
             virtual_ranks,
             len,
-            rank,
-            block: 0..0,
-            local_merges: Vec::new(),
-            final_merges: Vec::new(),
-            cover_sizes: Vec::new(),
+            plan: Plan::new(virtual_ranks, blocks, rank),
             leaves_pushed: 0,
             depth: 0,
             held: Vec::new(),
@@ -87,28 +77,14 @@ impl Reduction {
     /// # Panics
     /// As [`Reduction::new`].
     pub fn regroup(&mut self, blocks: &[Range<u32>], rank: Rank) {
-        let end = blocks.iter().fold(0, |at, block| {
-            assert!(block.start == at && block.end >= at, "blocks {blocks:?} do not follow");
-            block.end
-        });
-        assert_eq!(end, self.virtual_ranks, "blocks {blocks:?} do not end with the last one");
-        let block = blocks.get(rank.0 as usize).expect("the rank has a block").clone();
-
-        let covers: Vec<Vec<Node>> =
-            blocks.iter().map(|block| blocks::cover(self.virtual_ranks, block)).collect();
-        let leaves: Vec<Node> = block.clone().map(|leaf| leaf..leaf + 1).collect();
-        self.local_merges = merges(self.virtual_ranks, &block, &leaves);
-        self.final_merges = merges(self.virtual_ranks, &(0..self.virtual_ranks), &covers.concat());
-        self.cover_sizes = covers.iter().map(Vec::len).collect();
-        self.rank = rank;
-        self.block = block;
+        self.plan = Plan::new(self.virtual_ranks, blocks, rank);
         self.reset();
 
-        let held = deepest(&self.local_merges).max(1);
+        let held = deepest(&self.plan.local_merges).max(1);
         self.held.resize_with(held, || vec![0.0; self.len]);
-        let foreign = self.final_merges.len() - self.cover_sizes[rank.0 as usize];
+        let foreign = self.plan.final_merges.len() - self.plan.cover_sizes[rank.0 as usize];
         self.inbox.resize(foreign * self.slice(rank.0 as usize).len(), 0.0);
-        self.pieces.resize(deepest(&self.final_merges), [0.0; PIECE]);
+        self.pieces.resize(deepest(&self.plan.final_merges), [0.0; PIECE]);
     }
 
     /// Floats in the vector.
@@ -126,7 +102,7 @@ impl Reduction {
     /// The virtual ranks whose vectors are pushed here, in this order.
     #[must_use]
     pub fn block(&self) -> Range<u32> {
-        self.block.clone()
+        self.plan.block.clone()
     }
 
     /// Where the next hosted virtual rank's vector goes. What it holds before is unspecified: fill
@@ -135,7 +111,7 @@ impl Reduction {
     /// # Panics
     /// If all of the block was pushed.
     pub fn leaf(&mut self) -> &mut [f32] {
-        assert!(self.leaves_pushed < self.local_merges.len(), "{self:?} has all its leaves");
+        assert!(self.leaves_pushed < self.plan.local_merges.len(), "{self:?} has all its leaves");
         &mut self.held[self.depth]
     }
 
@@ -144,9 +120,9 @@ impl Reduction {
     /// # Panics
     /// If all of the block was pushed.
     pub fn push(&mut self) {
-        assert!(self.leaves_pushed < self.local_merges.len(), "{self:?} has all its leaves");
+        assert!(self.leaves_pushed < self.plan.local_merges.len(), "{self:?} has all its leaves");
         self.depth += 1;
-        for _ in 0..self.local_merges[self.leaves_pushed] {
+        for _ in 0..self.plan.local_merges[self.leaves_pushed] {
             let (left, right) = self.held[..self.depth].split_at_mut(self.depth - 1);
             add(&mut left[self.depth - 2], &right[0]);
             self.depth -= 1;
@@ -164,9 +140,9 @@ impl Reduction {
     /// # Panics
     /// If not all of the block was pushed, or `exchange` is of another group than the plan.
     pub fn finish(&mut self, exchange: &mut dyn Exchange) -> Result<&[f32], ExchangeError> {
-        assert_eq!(self.leaves_pushed, self.local_merges.len(), "{self:?} lacks leaves");
-        let ranks = self.cover_sizes.len();
-        assert_eq!(exchange.rank(), self.rank, "the plan is for another rank");
+        assert_eq!(self.leaves_pushed, self.plan.local_merges.len(), "{self:?} lacks leaves");
+        let ranks = self.plan.cover_sizes.len();
+        assert_eq!(exchange.rank(), self.plan.rank, "the plan is for another rank");
         assert_eq!(exchange.size() as usize, ranks, "the plan is for another number of ranks");
         self.reset();
         if ranks > 1 {
@@ -184,24 +160,24 @@ impl Reduction {
     }
 
     fn slice(&self, rank: usize) -> Range<usize> {
-        slice_of(self.len, rank, self.cover_sizes.len())
+        slice_of(self.len, rank, self.plan.cover_sizes.len())
     }
 
     /// Sends each rank its slice of the own nodes; one call a node of the largest cover.
     fn exchange_nodes(&mut self, exchange: &mut dyn Exchange) -> Result<(), ExchangeError> {
-        let (ranks, me) = (self.cover_sizes.len(), self.rank.0 as usize);
-        let own_nodes = self.cover_sizes[me];
+        let (ranks, me) = (self.plan.cover_sizes.len(), self.plan.rank.0 as usize);
+        let own_nodes = self.plan.cover_sizes[me];
         let slice_len = self.slice(me).len();
         let mut inbox = &mut self.inbox[..];
         // By rank, what is still to be received from it.
         let mut rooms: Vec<&mut [f32]> = Vec::with_capacity(ranks);
-        for (from, nodes) in self.cover_sizes.iter().enumerate() {
+        for (from, nodes) in self.plan.cover_sizes.iter().enumerate() {
             let floats = if from == me { 0 } else { nodes * slice_len };
             let (room, rest) = std::mem::take(&mut inbox).split_at_mut(floats);
             rooms.push(room);
             inbox = rest;
         }
-        let rounds = self.cover_sizes.iter().copied().max().unwrap_or(0);
+        let rounds = self.plan.cover_sizes.iter().copied().max().unwrap_or(0);
         for round in 0..rounds {
             let outgoing: Vec<&[u8]> = (0..ranks)
                 .map(|to| match self.held[..own_nodes].get(round) {
@@ -223,7 +199,7 @@ impl Reduction {
 
     /// Takes this rank's slice through the rest of the tree, piece by piece, into `held[0]`.
     fn sum_own_slice(&mut self) {
-        let slice = self.slice(self.rank.0 as usize);
+        let slice = self.slice(self.plan.rank.0 as usize);
         let mut start = 0;
         while start < slice.len() {
             let piece = start..slice.len().min(start + PIECE);
@@ -236,10 +212,10 @@ impl Reduction {
     }
 
     fn sum_piece(&mut self, slice: &Range<usize>, piece: &Range<usize>) {
-        let me = self.rank.0 as usize;
-        let mut merges = self.final_merges.iter();
+        let me = self.plan.rank.0 as usize;
+        let mut merges = self.plan.final_merges.iter();
         let (mut depth, mut foreign) = (0, 0);
-        for (rank, &nodes) in self.cover_sizes.iter().enumerate() {
+        for (rank, &nodes) in self.plan.cover_sizes.iter().enumerate() {
             for node in 0..nodes {
                 let source = if rank == me {
                     &self.held[node][slice.start + piece.start..slice.start + piece.end]
@@ -266,7 +242,7 @@ impl Reduction {
 
     /// Sends the own slice of the sum to all, and receives theirs.
     fn gather(&mut self, exchange: &mut dyn Exchange) -> Result<(), ExchangeError> {
-        let (ranks, me) = (self.cover_sizes.len(), self.rank.0 as usize);
+        let (ranks, me) = (self.plan.cover_sizes.len(), self.plan.rank.0 as usize);
         let mut own: &[u8] = &[];
         let mut incoming: Vec<&mut [u8]> = Vec::with_capacity(ranks);
         for (from, slice) in slices_mut(&mut self.held[0], ranks).enumerate() {
@@ -288,8 +264,8 @@ impl fmt::Debug for Reduction {
         f.debug_struct("Reduction")
             .field("virtual_ranks", &self.virtual_ranks)
             .field("len", &self.len)
-            .field("rank", &self.rank)
-            .field("block", &self.block)
+            .field("rank", &self.plan.rank)
+            .field("block", &self.plan.block)
             .field("leaves_pushed", &self.leaves_pushed)
             .finish_non_exhaustive()
     }
@@ -299,61 +275,5 @@ impl fmt::Debug for Reduction {
 fn add(left: &mut [f32], right: &[f32]) {
     for (left, right) in left.iter_mut().zip(right) {
         *left += right;
-    }
-}
-
-/// How many pairs are merged right after each of `sources`, when these come left to right and every
-/// tree node inside `within` is merged as soon as it can be.
-pub(crate) fn merges(virtual_ranks: u32, within: &Range<u32>, sources: &[Node]) -> Vec<u32> {
-    fn walk(node: Node, within: &Range<u32>, sources: &[Node], merges: &mut Vec<u32>) {
-        if sources.get(merges.len()) == Some(&node) {
-            merges.push(0);
-        } else if node.start < within.end && within.start < node.end {
-            let middle = blocks::split(&node);
-            walk(node.start..middle, within, sources, merges);
-            walk(middle..node.end, within, sources, merges);
-            if within.start <= node.start && node.end <= within.end {
-                *merges.last_mut().expect("the node has leaves") += 1;
-            }
-        }
-    }
-    let mut merges = Vec::with_capacity(sources.len());
-    walk(0..virtual_ranks, within, sources, &mut merges);
-    debug_assert_eq!(merges.len(), sources.len());
-    merges
-}
-
-/// The most partial sums that are alive at once under a schedule of [`merges`].
-pub(crate) fn deepest(merges: &[u32]) -> usize {
-    let (mut depth, mut deepest) = (0usize, 0);
-    for &merged in merges {
-        depth += 1;
-        deepest = deepest.max(depth);
-        depth -= merged as usize;
-    }
-    deepest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lone_worker_of_eight_holds_four_vectors_and_ends_with_one() {
-        let merges = merges(8, &(0..8), &(0..8).map(|v| v..v + 1).collect::<Vec<_>>());
-        assert_eq!(merges, [0, 1, 0, 2, 0, 1, 0, 3]);
-        assert_eq!(deepest(&merges), 4);
-    }
-
-    #[test]
-    fn a_block_across_the_middle_is_not_merged_over_it() {
-        let merges = merges(8, &(3..6), &[3..4, 4..5, 5..6]);
-        assert_eq!(merges, [0, 0, 1]);
-    }
-
-    #[test]
-    fn the_rest_of_the_tree_starts_from_the_covers() {
-        let covers = [0..2, 2..3, 3..4, 4..6, 6..8];
-        assert_eq!(merges(8, &(0..8), &covers), [0, 0, 2, 0, 2]);
     }
 }

@@ -237,12 +237,14 @@ impl Work {
     /// The decoded images in memory that the device reads by itself; that of `reused` if it fits.
     fn pinned(&self, batch: &Batch, reused: Option<Pixels>) -> Pixels {
         let fits = |pixels: &Pixels| pixels.bytes.numel() == batch.images.len();
-        let mut bytes = match reused.filter(fits) {
-            Some(pixels) => pixels.bytes,
+        let bytes = match reused.filter(fits) {
+            Some(Pixels { mut bytes, .. }) => {
+                let room = libtorch::slice_mut::<u8>(&mut bytes);
+                room.expect("it is a row of bytes on the host").copy_from_slice(&batch.images);
+                bytes
+            }
             None => Tensor::from_slice(&batch.images).pin_memory(self.device),
         };
-        let room = libtorch::slice_mut::<u8>(&mut bytes).expect("it is a row of bytes on the host");
-        room.copy_from_slice(&batch.images);
         Pixels { bytes, erasures: batch.erasures.clone(), mix: Mix::None }
     }
 }

@@ -6,7 +6,7 @@
 //!                               v                             |
 //!                             train (one OS thread): form -> agree on a state -> step, step, ...
 //!                               ^                      |
-//!                             feed (one OS thread)     +-- collective::Mesh --> the peers
+//!                             feed (OS threads)        +-- collective: mesh or NCCL --> the peers
 //! ```
 //!
 //! The training thread obeys between two virtual ranks and never waits for the coordinator. Start

@@ -92,10 +92,9 @@ impl Pass {
         if !self.rules.graph {
             return self.eager(network, draws, &inputs);
         }
-        if self.recorded.is_none() {
-            self.record(network, statistics, draws, inputs)?;
-        } else if let Some(recorded) = &mut self.recorded {
-            recorded.inputs.overwrite(&inputs);
+        match &mut self.recorded {
+            Some(recorded) => recorded.inputs.overwrite(&inputs),
+            None => self.record(network, statistics, draws, inputs)?,
         }
         self.recorded.as_mut().expect("it was recorded").graph.replay()
     }

@@ -169,7 +169,7 @@ impl Plan {
         };
         note(
             line.has("device") && line.word("device") != Some("cpu"),
-            "--device: this build trains on the CPU",
+            "--device: this command trains on the CPU; `percheron up --device cuda:0` trains a recipe on GPUs",
         );
         note(
             !line.is_on("model_ema"),

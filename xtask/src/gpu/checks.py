@@ -172,11 +172,9 @@ class Utilization:
 
     def median(self):
         """Of the samples while training ran: the longest stretch without an idle one."""
-        stretches = re.findall(r"x+", "".join("x" if sample > 20 else "." for sample in self.samples))
-        longest = max(stretches, key=len, default="")
-        joined = "".join("x" if sample > 20 else "." for sample in self.samples)
-        start = joined.find(longest)
-        inside = self.samples[start + 1:start + len(longest) - 1]
+        marks = "".join("x" if sample > 20 else "." for sample in self.samples)
+        longest = max(re.finditer("x+", marks), key=lambda stretch: len(stretch.group()), default=None)
+        inside = self.samples[longest.start() + 1:longest.end() - 1] if longest else []
         return statistics.median(inside) if inside else 0
 
 
