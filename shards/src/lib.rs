@@ -49,7 +49,7 @@ pub mod unpack;
 pub mod verify;
 mod warp;
 
-pub use adopt::index_tars;
+pub use adopt::{index_tars, index_tars_with};
 pub use augment::{Augment, Crop, InvalidAugment};
 pub use batch::{Batch, Normalize, Skipped};
 pub use dataset::{Dataset, OpenError, ReadError, Reads, RemoteReads, Sample};

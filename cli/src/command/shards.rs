@@ -55,7 +55,7 @@ pub(crate) struct Provenance {
 #[derive(Debug, Args)]
 pub(crate) struct Pack {
     /// A folder of class folders with .jpg, .jpeg and .png files; or WebDataset's or ImageNet's tars: one,
-    /// or a folder of them.
+    /// or a folder of them. Also s3://BUCKET/PREFIX of either.
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// The folder of the dataset, made if it is not there, or s3://BUCKET/PREFIX. A split that is there is not
@@ -77,7 +77,7 @@ pub(crate) struct Pack {
 
 #[derive(Debug, Args)]
 pub(crate) struct Index {
-    /// The folder of the tars: KEY.jpg with KEY.cls, and if there is one a classes.txt with a name a line.
+    /// The folder of the tars, or s3://BUCKET/PREFIX: KEY.jpg with KEY.cls, and if there is one a classes.txt with a name a line.
     #[arg(value_name = "DIR")]
     folder: PathBuf,
     /// Name of the split: letters, digits, '-' and '_'.
