@@ -91,6 +91,13 @@ impl Client {
         Ok(Step(answered(answer)?.step))
     }
 
+    /// Has workers of a machine let in again.
+    pub(crate) async fn readmit(&self, node: &str) -> Result<()> {
+        let request = v1::ReadmitRequest { run: self.run.to_string(), node: node.to_owned() };
+        let mut service = self.service.clone();
+        answered(timeout(ANSWER_MAX, service.readmit(self.with_token(request))).await).map(drop)
+    }
+
     fn with_token<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert(TOKEN_HEADER, self.token.clone());

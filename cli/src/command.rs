@@ -9,6 +9,7 @@ pub(crate) mod coordinator;
 mod explain;
 mod incidents;
 mod log;
+mod page;
 mod recipe;
 mod shards;
 mod simulate;
@@ -39,6 +40,9 @@ pub(crate) enum Command {
     Log(log::Arguments),
     /// Show what disturbed a run, who noticed, and what it cost.
     Incidents(incidents::Arguments),
+    /// Show a run in the browser: live, or as it was at any record of its log.
+    #[command(visible_alias = "replay")]
+    Page(page::Arguments),
     /// Have a run that is on keep its state now, and wait until it is in the store.
     Checkpoint(checkpoint::Arguments),
     /// List, verify and delete the checkpoints of a run.
@@ -48,6 +52,8 @@ pub(crate) enum Command {
     Drain(change::Drain),
     /// Let more or fewer workers take part in a run that is on.
     Resize(change::Resize),
+    /// Let workers of a machine in again that was marked as faulty.
+    Readmit(change::Readmit),
     /// Predict how a run gets on while machines fail, with the real rules in virtual time.
     #[command(after_help = simulate::AFTER_HELP)]
     Simulate(simulate::Arguments),
@@ -93,10 +99,12 @@ impl Command {
             Self::Audit(arguments) => in_runtime(audit::run(arguments)),
             Self::Log(arguments) => in_runtime(log::run(arguments)),
             Self::Incidents(arguments) => in_runtime(incidents::run(arguments)),
+            Self::Page(arguments) => in_runtime(page::run(arguments)),
             Self::Checkpoint(arguments) => in_runtime(checkpoint::run(arguments)),
             Self::Checkpoints(command) => in_runtime(checkpoints::run(command)),
             Self::Drain(arguments) => in_runtime(change::drain(arguments)),
             Self::Resize(arguments) => in_runtime(change::resize(arguments)),
+            Self::Readmit(arguments) => in_runtime(change::readmit(arguments)),
             Self::Simulate(arguments) => simulate::run(&arguments),
             Self::Explain(command) => explain::run(command),
             Self::Shards(command) => shards::run(command),

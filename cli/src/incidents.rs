@@ -102,6 +102,12 @@ impl Fold {
             Record::WorkerRefused { name, reason, .. } => {
                 self.aside(entry, format!("{name} was refused: {reason}"), "the coordinator");
             }
+            Record::NodeMarked { node, name, reason } => {
+                self.aside(entry, format!("machine {node} was marked as faulty: {reason}"), name);
+            }
+            Record::NodeReadmitted { node } => {
+                self.aside(entry, format!("machine {node} was readmitted"), "an operator");
+            }
             Record::RunFailed { reason } => {
                 let over_from = self.ledger.generation.next();
                 self.tell(entry, format!("the run failed: {reason}"), "the coordinator", over_from);

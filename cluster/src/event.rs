@@ -45,6 +45,11 @@ pub enum Event {
         /// How many; more stand by.
         workers: u32,
     },
+    /// An operator says that a machine that was marked as faulty is whole again.
+    NodeReadmitted {
+        /// Its name.
+        node: String,
+    },
     /// An operator wants the state to be kept soon.
     CheckpointRequested,
     /// The manifest of a checkpoint is in the store and was read back.
@@ -70,6 +75,8 @@ pub struct Hello {
     pub name: String,
     /// Where its peers reach it, `host:port`.
     pub address: String,
+    /// The machine it runs on; empty if it does not say.
+    pub node: String,
     /// What can change its bits.
     pub fingerprint: Fingerprint,
     /// The newest generation it was ordered into, if any.
@@ -176,6 +183,11 @@ pub enum Report {
     /// This worker wants to leave without loss (it was told to stop).
     Leaving {
         /// Why.
+        reason: String,
+    },
+    /// This worker's machine is broken: what it computes from now on is not to be trusted.
+    NodeFaulty {
+        /// What was seen.
         reason: String,
     },
     /// This worker cannot go on, and neither could another in its place.

@@ -2,6 +2,8 @@
 //!
 //! **Invariant**: the ledger changes only by [`Ledger::apply`], so replaying the log rebuilds it.
 
+use std::collections::BTreeMap;
+
 use crate::{Evaluation, Fingerprint, Generation, Member, Record, Step, Term, WorkerId};
 
 /// The durable part of the coordinator's state.
@@ -43,6 +45,8 @@ pub struct Ledger {
     pub evaluated_before: Option<Step>,
     /// How many workers are to take part, if an operator has said so.
     pub workers_wanted: Option<u32>,
+    /// Machines that no worker is let in from, and what was seen there.
+    pub faulty: BTreeMap<String, String>,
     /// What all workers must agree on.
     pub fingerprint: Option<Fingerprint>,
     /// How the run ended.
@@ -127,6 +131,12 @@ impl Ledger {
             }
             Record::RunFailed { reason } => {
                 self.outcome = Some(Outcome::Failed { reason: reason.clone() });
+            }
+            Record::NodeMarked { node, reason, .. } => {
+                self.faulty.insert(node.clone(), reason.clone());
+            }
+            Record::NodeReadmitted { node } => {
+                self.faulty.remove(node);
             }
             Record::Resized { workers } => self.workers_wanted = Some(*workers),
             Record::CheckpointAbandoned { step, .. } => {

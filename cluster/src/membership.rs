@@ -11,6 +11,8 @@ pub struct Worker {
     pub name: String,
     /// Where its peers reach it.
     pub address: String,
+    /// The machine it runs on; empty if it has not said so.
+    pub node: String,
     /// Order of arrival, so that older workers keep the lower ranks.
     pub arrival: u64,
     /// When it last said something.
@@ -52,19 +54,26 @@ impl Membership {
 
     /// A newcomer opened a session.
     pub fn arrive(&mut self, now: Timestamp, worker: WorkerId, hello: &Hello) {
-        self.insert(now, worker, hello.name.clone(), hello.address.clone());
+        let Hello { name, address, node, .. } = hello.clone();
+        self.insert(now, worker, (name, address, node));
     }
 
     /// A member of a restored generation, which has yet to come back.
     pub fn expect(&mut self, now: Timestamp, member: &Member) {
-        self.insert(now, member.worker, member.name.clone(), member.address.clone());
+        let Member { name, address, .. } = member.clone();
+        self.insert(now, member.worker, (name, address, String::new()));
     }
 
-    fn insert(&mut self, now: Timestamp, worker: WorkerId, name: String, address: String) {
+    fn insert(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        (name, address, node): (String, String, String),
+    ) {
         self.arrivals += 1;
         let arrival = self.arrivals;
         let (session, draining, progress) = (true, false, None);
-        let held = Worker { name, address, arrival, heard: now, session, draining, progress };
+        let held = Worker { name, address, node, arrival, heard: now, session, draining, progress };
         if self.workers.is_empty() {
             self.heard_since = now;
         }

@@ -273,6 +273,7 @@ fn in_words(report: &Report) -> Option<String> {
             format!("it found checkpoint {step} damaged")
         }
         Report::Finished { step, .. } => format!("it did the last step, {step}"),
+        Report::NodeFaulty { .. } => "it found its machine faulty".to_owned(),
         Report::Leaving { .. } => "it asked to leave".to_owned(),
         Report::Failed { .. } => "it failed".to_owned(),
     })

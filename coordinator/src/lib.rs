@@ -13,9 +13,11 @@
 mod commit;
 mod config;
 mod host;
+mod http;
 mod journal;
 mod lease;
 mod log;
+mod metrics;
 mod rpc;
 mod store;
 mod watch;

@@ -71,6 +71,7 @@ async fn open(
     let hello = Hello {
         name: "worker-0".to_owned(),
         address: "127.0.0.1:1".to_owned(),
+        node: "host-0".to_owned(),
         fingerprint: cluster::Fingerprint::default(),
         generation: None,
         applied: None,

@@ -199,6 +199,7 @@ impl World {
         let hello = Hello {
             name: format!("worker-{worker}"),
             address: format!("host-{worker}:1"),
+            node: String::new(),
             fingerprint: Fingerprint::default(),
             generation: process.participant.generation(),
             applied: process.applied,

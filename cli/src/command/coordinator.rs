@@ -47,6 +47,9 @@ pub(crate) struct Arguments {
     /// Write the address that is listened on into this file, in one piece.
     #[arg(long, value_name = "FILE")]
     addr_file: Option<PathBuf>,
+    /// Where to answer over HTTP, HOST:PORT: /metrics for Prometheus, /healthz.
+    #[arg(long, value_name = "ADDRESS", env = "PERCHERON_HTTP")]
+    http: Option<SocketAddr>,
     /// The event log of the run in a store, s3://BUCKET/PREFIX or a folder that all nodes see: whoever leads
     /// holds a lease there [default: what the run in --run-dir began with, or a database in --run-dir].
     #[arg(long, value_name = "LOCATION")]
@@ -80,13 +83,17 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         let address = socket.local_addr().context("the address that is listened on")?;
         run_dir::write_atomically(file, address.to_string().as_bytes(), 0o644)?;
     }
+    let http =
+        arguments.http.map(|at| bind(at).with_context(|| format!("--http: cannot listen on {at}")));
+    let http = http.transpose()?;
     let config = configure(&arguments).await?;
     let led = async {
         let leader = Leader::begin(config).await?;
         // Only now: who stands by lets nobody in.
         let listener =
             socket.listen(BACKLOG).with_context(|| format!("cannot listen on {listen}"))?;
-        anyhow::Ok(leader.serve(listener).await?)
+        let http = http.map(|socket| socket.listen(BACKLOG)).transpose()?;
+        anyhow::Ok(leader.serve_with(listener, http).await?)
     };
     tokio::select! {
         outcome = led => match outcome? {

@@ -230,6 +230,8 @@ impl Supervisor {
             | Record::TermStarted { .. }
             | Record::FingerprintFixed { .. }
             | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
             | Record::ExchangeLost { .. }
             | Record::GenerationOpened { .. }
             | Record::GenerationFormed { .. }

@@ -66,6 +66,24 @@ impl Coordinator {
         }
     }
 
+    /// A worker says that its machine is broken. It is lost, as its next result cannot be trusted, and none of
+    /// that machine is let in again. Others that are there already go on until they fail themselves.
+    pub(super) fn node_faulty(&mut self, now: Timestamp, worker: WorkerId, reason: String) {
+        let Some(known) = self.workers.find(worker) else { return };
+        let (node, name) = (known.node.clone(), known.name.clone());
+        let cause = format!("its machine is faulty: {reason}");
+        if !node.is_empty() && !self.ledger.faulty.contains_key(&node) {
+            self.record(Record::NodeMarked { node, name, reason });
+        }
+        self.workers_lost(now, &[worker], &cause);
+    }
+
+    pub(super) fn readmit(&mut self, node: String) {
+        if self.ledger.faulty.contains_key(&node) {
+            self.record(Record::NodeReadmitted { node });
+        }
+    }
+
     /// A worker is to leave without loss: with the next planned change, or at once if it has no part.
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };

@@ -35,6 +35,7 @@ pub(crate) fn hello(worker: WorkerId) -> Hello {
     Hello {
         name: name(worker),
         address: format!("{worker}:1"),
+        node: format!("host-{}", name(worker)),
         fingerprint: Fingerprint::default(),
         generation: None,
         applied: None,

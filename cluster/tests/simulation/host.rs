@@ -151,6 +151,7 @@ impl World {
         let hello = Hello {
             name: format!("worker-{worker}"),
             address: format!("10.0.0.{}:1", worker.0),
+            node: String::new(),
             fingerprint: Fingerprint::default(),
             generation: process.participant.generation(),
             applied: process.trainer.state.map(|state| state.step),

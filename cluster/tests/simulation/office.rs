@@ -399,7 +399,10 @@ fn generation_of(report: &Report) -> Option<Generation> {
         | Report::ShareFailed { generation, .. }
         | Report::CheckpointDamaged { generation, .. }
         | Report::Finished { generation, .. } => Some(*generation),
-        Report::Heartbeat(_) | Report::Leaving { .. } | Report::Failed { .. } => None,
+        Report::Heartbeat(_)
+        | Report::NodeFaulty { .. }
+        | Report::Leaving { .. }
+        | Report::Failed { .. } => None,
     }
 }
 
@@ -421,6 +424,7 @@ fn relabelled(report: Report, newest: Generation) -> Report {
         | Report::ShareWritten { .. }
         | Report::ShareFailed { .. }
         | Report::CheckpointDamaged { .. }
+        | Report::NodeFaulty { .. }
         | Report::Leaving { .. }
         | Report::Failed { .. }) => other,
     }

@@ -250,6 +250,7 @@ async fn open(door: Door, number: u64) -> Result<Opened> {
     let hello = Hello {
         name: format!("worker-{number}"),
         address: format!("10.{}.{}.{}:7000", number >> 16, (number >> 8) & 255, number & 255),
+        node: String::new(),
         fingerprint: Fingerprint::default(),
         generation: None,
         applied: None,
