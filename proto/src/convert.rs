@@ -47,6 +47,7 @@ impl v1::Hello {
             generation: hello.generation.map(|g| g.0),
             applied: hello.applied.map(|s| s.0),
             software: software.to_owned(),
+            preparing: hello.preparing,
         }
     }
 }
@@ -59,6 +60,7 @@ impl From<v1::Hello> for Hello {
             fingerprint: Fingerprint(hello.fingerprint.into_iter().collect::<BTreeMap<_, _>>()),
             generation: hello.generation.map(Generation),
             applied: hello.applied.map(Step),
+            preparing: hello.preparing,
         }
     }
 }
@@ -127,6 +129,7 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
             step: step.0,
             state_sha256,
         }),
+        Report::Ready => ReportKind::Ready(v1::Ready {}),
         Report::Leaving { reason } => ReportKind::Leaving(v1::Leaving { reason }),
         Report::Failed { reason } => ReportKind::Failed(v1::Failed { reason }),
     };
@@ -224,6 +227,7 @@ pub fn report_from_wire(report: v1::Report) -> Result<Report, Malformed> {
             step: Step(finished.step),
             state_sha256: finished.state_sha256,
         },
+        ReportKind::Ready(v1::Ready {}) => Report::Ready,
         ReportKind::Leaving(leaving) => Report::Leaving { reason: leaving.reason },
         ReportKind::Failed(failed) => Report::Failed { reason: failed.reason },
     })
@@ -526,6 +530,7 @@ mod tests {
             Report::ShareFailed { generation, step, reason: "full".to_owned() },
             Report::CheckpointDamaged { generation, step, reason: "torn".to_owned() },
             Report::Finished { generation, step, state_sha256: "e".to_owned() },
+            Report::Ready,
             Report::Leaving { reason: "sigterm".to_owned() },
             Report::Failed { reason: "nan".to_owned() },
         ]

@@ -13,6 +13,8 @@ use crate::process;
 use crate::workspace::Workspace;
 
 const START_MAX: Duration = Duration::from_secs(30);
+/// A worker takes part so long after its start, unless the machine is very busy.
+const SETTLED: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A coordinator and its workers.
@@ -32,6 +34,7 @@ pub(super) struct Crew<'a> {
 #[derive(Debug)]
 struct Place {
     name: String,
+    started: Instant,
     process: Child,
 }
 
@@ -134,7 +137,7 @@ impl<'a> Crew<'a> {
             .args(["--listen", &format!("{host}:0"), "--token-file"])
             .arg(self.dir.join("token"));
         let process = command.spawn().context("cannot start a worker")?;
-        self.places[place] = Some(Place { name: name.clone(), process });
+        self.places[place] = Some(Place { name: name.clone(), started: Instant::now(), process });
         Ok(name)
     }
 
@@ -148,6 +151,11 @@ impl<'a> Crew<'a> {
             }
         }
         Ok((0..self.places.len()).partition(|&place| self.places[place].is_some()))
+    }
+
+    /// Whether the worker in a place has had time to take part.
+    pub(super) fn is_settled(&self, place: usize) -> bool {
+        self.places[place].as_ref().is_some_and(|place| place.started.elapsed() >= SETTLED)
     }
 
     /// The name of the worker in a place.
