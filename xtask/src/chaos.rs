@@ -3,7 +3,7 @@
 //! Nobody supervises the workers: that one has died is found by its peers and the coordinator alone. With
 //! root and network namespaces each worker has a host of its own, whose network is broken as well.
 
-mod crew;
+pub(crate) mod crew;
 mod lab;
 mod report;
 mod tale;
@@ -192,7 +192,7 @@ fn names(kinds: &[Kind]) -> String {
 }
 
 /// Digits, with a model and a batch so small that a step is short.
-fn sets(steps: u64) -> Vec<String> {
+fn sets(steps: u64, keeps: bool) -> Vec<String> {
     vec![
         "model.name=mobilenetV3_0x5_perceiver_t128".to_owned(),
         format!("max_steps={steps}"),
@@ -200,14 +200,14 @@ fn sets(steps: u64) -> Vec<String> {
         "batch_size=2".to_owned(),
         "evaluate_every_epochs=0".to_owned(),
         "checkpoint.every_epochs=0".to_owned(),
-        format!("checkpoint.every_steps={}", (steps / 8).max(100)),
+        format!("checkpoint.every_steps={}", if keeps { (steps / 8).max(100) } else { 0 }),
     ]
 }
 
-fn recipe(workspace: &Workspace, steps: u64) -> Result<String> {
+pub(crate) fn recipe(workspace: &Workspace, steps: u64, keeps: bool) -> Result<String> {
     let mut show = workspace.binary("percheron");
     show.args(["recipe", "show", "digits"]);
-    for set in sets(steps) {
+    for set in sets(steps, keeps) {
         show.args(["--set", &set]);
     }
     process::output(&mut show)
@@ -216,7 +216,7 @@ fn recipe(workspace: &Workspace, steps: u64) -> Result<String> {
 /// How many steps last about as long as asked for.
 fn steps_for(workspace: &Workspace, options: &Options, folder: &Path) -> Result<u64> {
     let dir = folder.join("trial");
-    let recipe = recipe(workspace, TRIAL_STEPS)?;
+    let recipe = recipe(workspace, TRIAL_STEPS, true)?;
     let mut crew =
         Crew::start(workspace, &dir, &recipe, (options.workers, options.workers as usize), None)?;
     wait_for_the_end(&mut crew, Duration::from_secs(300), |_| Ok(()))?;
@@ -231,7 +231,7 @@ fn start_oracle(workspace: &Workspace, steps: u64, folder: &Path) -> Result<Chil
     let mut up = workspace.command("nice");
     up.args(["-n", "19"]).arg(workspace.binary("percheron").get_program());
     up.args(["up", "--recipe", "digits", "--json", "--workers", "1"]);
-    for set in sets(steps) {
+    for set in sets(steps, true) {
         up.args(["--set", &set]);
     }
     up.arg("--run-dir").arg(folder.join("oracle")).stdin(Stdio::null()).stderr(Stdio::null());
@@ -251,7 +251,7 @@ fn finish_oracle(oracle: &mut Child, folder: &Path) -> Result<String> {
     Ok(state.context("the undisturbed run has no state_sha256")?.to_owned())
 }
 
-fn read(workspace: &Workspace, dir: &Path) -> Result<Tale> {
+pub(crate) fn read(workspace: &Workspace, dir: &Path) -> Result<Tale> {
     let mut log = workspace.binary("percheron");
     let text = process::output(log.arg("log").arg(dir).arg("--json"))?;
     let lines = text.lines().map(|line| serde_json::from_str::<Line>(line).context("the log"));
@@ -264,7 +264,7 @@ fn audit(workspace: &Workspace, dir: &Path) -> Result<String> {
     Ok(said.lines().last().unwrap_or_default().to_owned())
 }
 
-fn wait_for_the_end(
+pub(crate) fn wait_for_the_end(
     crew: &mut Crew<'_>,
     patience: Duration,
     mut look: impl FnMut(&mut Crew<'_>) -> Result<()>,
@@ -278,7 +278,7 @@ fn wait_for_the_end(
     Ok(())
 }
 
-fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
@@ -321,7 +321,7 @@ impl<'a> Chaos<'a> {
         let places = options.workers as usize + 1; // One for who joins.
         let shim = dir.with_extension("delay.py");
         let lab = hosts.then(|| Lab::up(places + 1, shim)).transpose()?;
-        let recipe = recipe(workspace, steps)?;
+        let recipe = recipe(workspace, steps, true)?;
         let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab)?;
         let burn = |_| {
             let mut burner = workspace.command("sh");

@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// A coordinator and its workers.
 #[derive(Debug)]
-pub(super) struct Crew<'a> {
+pub(crate) struct Crew<'a> {
     workspace: &'a Workspace,
     dir: PathBuf,
     address: String,
@@ -47,7 +47,7 @@ pub(super) enum Signal {
 
 impl<'a> Crew<'a> {
     /// Writes what makes `dir` a run, and starts it with workers in the first places of `places`.
-    pub(super) fn start(
+    pub(crate) fn start(
         workspace: &'a Workspace,
         dir: &Path,
         recipe: &str,
@@ -151,6 +151,12 @@ impl<'a> Crew<'a> {
             }
         }
         Ok((0..self.places.len()).partition(|&place| self.places[place].is_some()))
+    }
+
+    /// Process ids of all that run, and whether each is a worker's.
+    pub(crate) fn processes(&self) -> Vec<(bool, u32)> {
+        let workers = self.places.iter().flatten().map(|place| (true, place.process.id()));
+        workers.chain(self.coordinator.iter().map(|process| (false, process.id()))).collect()
     }
 
     /// Whether the worker in a place has had time to take part.

@@ -30,7 +30,7 @@ pub(super) struct Fault {
 
 /// The log, sorted out.
 #[derive(Debug, Default)]
-pub(super) struct Tale {
+pub(crate) struct Tale {
     /// When each step was applied, in order.
     steps: Vec<u64>,
     /// Generations that were opened: when, and their members.
@@ -185,6 +185,11 @@ impl Tale {
     /// The time between two steps that 99 of 100 do not exceed.
     pub(super) fn step_ms_p99(&self) -> Option<u64> {
         percentile(self.gaps().map(|(a, b)| b - a).collect(), 99)
+    }
+
+    /// When each step was applied, in milliseconds since 1970.
+    pub(crate) fn step_times(&self) -> &[u64] {
+        &self.steps
     }
 
     pub(super) fn steps(&self) -> usize {
