@@ -29,9 +29,9 @@ pub(crate) struct Arguments {
     /// Steps to train.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(50..))]
     steps: u64,
-    /// How many workers train.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=8))]
-    workers: u32,
+    /// How many workers train [default: one a processor, at most 8].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
+    workers: Option<u32>,
     /// Print one object as the last line.
     #[arg(long)]
     json: bool,
@@ -61,7 +61,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the run")?;
     let dir = folder.path().join("tolerance");
     let recipe = chaos::recipe(workspace, arguments.steps, false)?;
-    let workers = arguments.workers;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    let workers = arguments.workers.unwrap_or(u32::try_from(processors).expect("at most 8"));
     let mut crew = Crew::start(workspace, &dir, &recipe, (workers, workers as usize), None)?;
     let (mut threads, mut seen) = (Threads::default(), Vec::<Spent>::new());
     chaos::wait_for_the_end(&mut crew, PATIENCE, |crew| {
