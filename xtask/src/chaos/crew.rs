@@ -195,13 +195,19 @@ impl<'a> Crew<'a> {
         self.start_coordinator()
     }
 
-    /// Asks for so many workers, from the coordinator's own host.
+    /// Asks for so many workers, from the coordinator's own host; again while that one is being started.
     pub(super) fn resize(&self, workers: u32) -> Result<()> {
-        let mut command = self.on_host(self.places.len(), "percheron", "resize")?;
-        command.arg("resize").arg(&self.dir).arg(workers.to_string()).stdin(Stdio::null());
-        let status = command.status().context("cannot start percheron resize")?;
-        ensure!(status.success(), "`percheron resize` failed; see logs/resize.log of the run");
-        Ok(())
+        let started = Instant::now();
+        loop {
+            let mut command = self.on_host(self.places.len(), "percheron", "resize")?;
+            command.arg("resize").arg(&self.dir).arg(workers.to_string()).stdin(Stdio::null());
+            if command.status().context("cannot start percheron resize")?.success() {
+                return Ok(());
+            }
+            let is_late = started.elapsed() >= START_MAX;
+            ensure!(!is_late, "`percheron resize` failed; see logs/resize.log of the run");
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Whether the run has ended; an error if its coordinator has, in another way than by our hand.
