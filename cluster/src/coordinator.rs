@@ -295,6 +295,8 @@ impl Coordinator {
                 known.session = true;
                 known.heard = now;
                 known.node.clone_from(&hello.node);
+                self.unsettled |= known.preparing && !hello.preparing;
+                known.preparing &= hello.preparing;
                 self.catch_up(worker, hello);
             }
             None => {
@@ -341,6 +343,10 @@ impl Coordinator {
                 known.progress = Some(progress);
                 self.pace.beat(&self.config.timeouts, worker, progress);
                 self.heard_progress(now, worker, progress);
+            }
+            Report::Ready => {
+                known.preparing = false;
+                self.unsettled = true;
             }
             Report::Formed { generation, step, digest, begun, stopped_at, metrics } => {
                 let said = Formed { step, digest, begun, stopped_at, metrics };

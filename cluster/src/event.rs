@@ -83,6 +83,8 @@ pub struct Hello {
     pub generation: Option<Generation>,
     /// The step its state is at, if it holds one.
     pub applied: Option<Step>,
+    /// Whether its trainer is still being made, so that it cannot form a generation yet.
+    pub preparing: bool,
 }
 
 /// What a worker tells the coordinator.
@@ -90,6 +92,8 @@ pub struct Hello {
 pub enum Report {
     /// I am alive, and this is how far I am.
     Heartbeat(Progress),
+    /// My trainer is there: from now on I can form a generation.
+    Ready,
     /// The generation stands and its members hold the same state.
     Formed {
         /// Which.

@@ -20,6 +20,8 @@ pub struct Worker {
     /// Whether its session is open, as far as is known: a restored member counts as connected until
     /// its lease is out.
     pub session: bool,
+    /// Whether it cannot form a generation yet, so that nobody should wait for it.
+    pub preparing: bool,
     /// Whether it was asked, or asks, to leave.
     pub draining: bool,
     /// What it last said of its progress.
@@ -54,14 +56,14 @@ impl Membership {
 
     /// A newcomer opened a session.
     pub fn arrive(&mut self, now: Timestamp, worker: WorkerId, hello: &Hello) {
-        let Hello { name, address, node, .. } = hello.clone();
-        self.insert(now, worker, (name, address, node));
+        let Hello { name, address, node, preparing, .. } = hello.clone();
+        self.insert(now, worker, (name, address, node), preparing);
     }
 
     /// A member of a restored generation, which has yet to come back.
     pub fn expect(&mut self, now: Timestamp, member: &Member) {
         let Member { name, address, .. } = member.clone();
-        self.insert(now, member.worker, (name, address, String::new()));
+        self.insert(now, member.worker, (name, address, String::new()), false);
     }
 
     fn insert(
@@ -69,11 +71,14 @@ impl Membership {
         now: Timestamp,
         worker: WorkerId,
         (name, address, node): (String, String, String),
+        preparing: bool,
     ) {
         self.arrivals += 1;
         let arrival = self.arrivals;
         let (session, draining, progress) = (true, false, None);
-        let held = Worker { name, address, node, arrival, heard: now, session, draining, progress };
+        let heard = now;
+        let held =
+            Worker { name, address, node, arrival, heard, session, preparing, draining, progress };
         if self.workers.is_empty() {
             self.heard_since = now;
         }

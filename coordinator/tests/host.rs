@@ -75,6 +75,7 @@ async fn open(
         fingerprint: cluster::Fingerprint::default(),
         generation: None,
         applied: None,
+        preparing: false,
     };
     let hello = v1::Hello::new(WorkerId(7), &hello, "test");
     let first = v1::SessionRequest { run: run.to_owned(), kind: Some(Said::Hello(hello)) };

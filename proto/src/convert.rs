@@ -48,6 +48,7 @@ impl v1::Hello {
             applied: hello.applied.map(|s| s.0),
             software: software.to_owned(),
             node: hello.node.clone(),
+            preparing: hello.preparing,
         }
     }
 }
@@ -61,6 +62,7 @@ impl From<v1::Hello> for Hello {
             fingerprint: Fingerprint(hello.fingerprint.into_iter().collect::<BTreeMap<_, _>>()),
             generation: hello.generation.map(Generation),
             applied: hello.applied.map(Step),
+            preparing: hello.preparing,
         }
     }
 }
@@ -130,6 +132,7 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
             state_sha256,
         }),
         Report::NodeFaulty { reason } => ReportKind::NodeFaulty(v1::NodeFaulty { reason }),
+        Report::Ready => ReportKind::Ready(v1::Ready {}),
         Report::Leaving { reason } => ReportKind::Leaving(v1::Leaving { reason }),
         Report::Failed { reason } => ReportKind::Failed(v1::Failed { reason }),
     };
@@ -228,6 +231,7 @@ pub fn report_from_wire(report: v1::Report) -> Result<Report, Malformed> {
             state_sha256: finished.state_sha256,
         },
         ReportKind::NodeFaulty(faulty) => Report::NodeFaulty { reason: faulty.reason },
+        ReportKind::Ready(v1::Ready {}) => Report::Ready,
         ReportKind::Leaving(leaving) => Report::Leaving { reason: leaving.reason },
         ReportKind::Failed(failed) => Report::Failed { reason: failed.reason },
     })
@@ -532,6 +536,7 @@ mod tests {
             Report::CheckpointDamaged { generation, step, reason: "torn".to_owned() },
             Report::Finished { generation, step, state_sha256: "e".to_owned() },
             Report::NodeFaulty { reason: "Xid 79".to_owned() },
+            Report::Ready,
             Report::Leaving { reason: "sigterm".to_owned() },
             Report::Failed { reason: "nan".to_owned() },
         ]

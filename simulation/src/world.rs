@@ -203,6 +203,7 @@ impl World {
             fingerprint: Fingerprint::default(),
             generation: process.participant.generation(),
             applied: process.applied,
+            preparing: false,
         };
         self.tell(Event::WorkerJoined { worker, hello });
     }

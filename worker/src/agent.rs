@@ -122,6 +122,7 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
         fingerprint,
         generation: None,
         applied: None,
+        preparing: true,
     };
     info!(%worker, name = options.name, %address, "worker started");
 
@@ -410,11 +411,13 @@ impl Agent {
     }
 
     fn notice(&mut self, notice: Notice) -> Result<(), AgentError> {
+        let is_ready = self.hello.preparing && matches!(notice, Notice::Ready);
         for action in self.participant.handle(notice) {
             self.act(action)?;
         }
         let generation = self.participant.generation();
-        if self.hello.generation != generation {
+        if is_ready || self.hello.generation != generation {
+            self.hello.preparing &= !is_ready;
             self.hello.generation = generation;
             self.hello.applied = self.progress.now().0;
             self.greeting.send_replace(wire_hello(self.worker, &self.hello));

@@ -276,6 +276,7 @@ impl Trainer {
             Err(reason) => return self.say(Notice::Failed { reason }),
         };
         self.progress.enter(StepPhase::Idle);
+        self.say(Notice::Ready);
         while let Ok(formation) = formations.recv() {
             if let Err(interrupted) = training.take_part(&self, &formation) {
                 training.interrupted(&self, &formation.group, &interrupted);

@@ -14,6 +14,7 @@ mod reader;
 mod recovery;
 mod steady;
 mod step_against;
+mod tolerance;
 
 use std::ffi::OsString;
 
@@ -32,6 +33,8 @@ pub(crate) enum Benchmark {
     Histories(histories::Arguments),
     /// How long training waits for checkpoints, and what they cost beside it.
     Checkpoint(checkpoint::Arguments),
+    /// What being ready for faults costs while none comes, in CPU time.
+    Tolerance(tolerance::Arguments),
     /// Pack photographs of clothing and train on them with the whole recipe.
     Clothing(clothing::Arguments),
     /// Time a training step, in turns with other builds of the worker or with PyTorch.
@@ -64,6 +67,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
         Benchmark::Checkpoint(arguments) => checkpoint::run(workspace, arguments),
+        Benchmark::Tolerance(arguments) => tolerance::run(workspace, arguments),
         Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
         Benchmark::StepAgainst(arguments) => step_against::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),

@@ -246,7 +246,8 @@ impl Coordinator {
         // Whoever falls silent on its way out has not left, and keeps the others in its step.
         let is_in_step = |worker: &WorkerId| !self.turned && self.ledger.holds_state(*worker);
         let holds_up = silent.iter().any(is_in_step) && matches!(self.phase, Phase::Forming { .. });
-        self.workers_lost(now, &silent, &format!("it said nothing for {lease:?}"));
+        let causes: Vec<_> = silent.iter().map(|&worker| self.silence(worker, lease)).collect();
+        self.workers_lost(now, &silent, &causes.join("; "));
         if holds_up && self.ledger.intact.is_some() {
             self.open_generation(now, false, "a worker fell silent on its way out");
         }
@@ -400,7 +401,8 @@ impl Coordinator {
     pub(super) fn available(&self) -> usize {
         let has_part = |worker| self.is_member(worker) || self.ledger.holds_state(worker);
         let workers = self.workers.iter();
-        let wanted = workers.filter(|(id, worker)| !worker.draining || has_part(*id)).count();
+        let can_take_part = |worker: &Worker| !worker.draining && !worker.preparing;
+        let wanted = workers.filter(|(id, worker)| can_take_part(worker) || has_part(*id)).count();
         self.config.workers_taken(wanted, self.ledger.workers_wanted)
     }
 
@@ -409,7 +411,9 @@ impl Coordinator {
     /// A worker that wants to leave stays until a planned change in which enough others stay and one
     /// of them holds the state too: otherwise the newest state would leave with it.
     pub(super) fn next_members(&self, planned: bool) -> Vec<WorkerId> {
+        // Nobody waits for one that cannot form a generation yet.
         let workers = self.workers.oldest_first();
+        let workers: Vec<_> = workers.into_iter().filter(|(_, w)| !w.preparing).collect();
         let holds = |worker: &WorkerId| self.ledger.holds_state(*worker);
         let has_part = |worker: &WorkerId| self.is_member(*worker) || holds(worker);
         let staying = || workers.iter().filter(|(_, worker)| !worker.draining);

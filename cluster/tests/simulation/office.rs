@@ -401,6 +401,7 @@ fn generation_of(report: &Report) -> Option<Generation> {
         | Report::Finished { generation, .. } => Some(*generation),
         Report::Heartbeat(_)
         | Report::NodeFaulty { .. }
+        | Report::Ready
         | Report::Leaving { .. }
         | Report::Failed { .. } => None,
     }
@@ -418,6 +419,7 @@ fn relabelled(report: Report, newest: Generation) -> Report {
             Report::Evaluated { generation: newest, evaluation }
         }
         other @ (Report::Heartbeat(_)
+        | Report::Ready
         | Report::Formed { .. }
         | Report::FormFailed { .. }
         | Report::ExchangeLost { .. }

@@ -13,11 +13,13 @@ use crate::process;
 use crate::workspace::Workspace;
 
 const START_MAX: Duration = Duration::from_secs(30);
+/// A worker takes part so long after its start, unless the machine is very busy.
+const SETTLED: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A coordinator and its workers.
 #[derive(Debug)]
-pub(super) struct Crew<'a> {
+pub(crate) struct Crew<'a> {
     workspace: &'a Workspace,
     dir: PathBuf,
     address: String,
@@ -32,6 +34,7 @@ pub(super) struct Crew<'a> {
 #[derive(Debug)]
 struct Place {
     name: String,
+    started: Instant,
     process: Child,
 }
 
@@ -44,7 +47,7 @@ pub(super) enum Signal {
 
 impl<'a> Crew<'a> {
     /// Writes what makes `dir` a run, and starts it with workers in the first places of `places`.
-    pub(super) fn start(
+    pub(crate) fn start(
         workspace: &'a Workspace,
         dir: &Path,
         recipe: &str,
@@ -134,7 +137,7 @@ impl<'a> Crew<'a> {
             .args(["--listen", &format!("{host}:0"), "--token-file"])
             .arg(self.dir.join("token"));
         let process = command.spawn().context("cannot start a worker")?;
-        self.places[place] = Some(Place { name: name.clone(), process });
+        self.places[place] = Some(Place { name: name.clone(), started: Instant::now(), process });
         Ok(name)
     }
 
@@ -148,6 +151,17 @@ impl<'a> Crew<'a> {
             }
         }
         Ok((0..self.places.len()).partition(|&place| self.places[place].is_some()))
+    }
+
+    /// Process ids of all that run, and whether each is a worker's.
+    pub(crate) fn processes(&self) -> Vec<(bool, u32)> {
+        let workers = self.places.iter().flatten().map(|place| (true, place.process.id()));
+        workers.chain(self.coordinator.iter().map(|process| (false, process.id()))).collect()
+    }
+
+    /// Whether the worker in a place has had time to take part.
+    pub(super) fn is_settled(&self, place: usize) -> bool {
+        self.places[place].as_ref().is_some_and(|place| place.started.elapsed() >= SETTLED)
     }
 
     /// The name of the worker in a place.
@@ -181,13 +195,19 @@ impl<'a> Crew<'a> {
         self.start_coordinator()
     }
 
-    /// Asks for so many workers, from the coordinator's own host.
+    /// Asks for so many workers, from the coordinator's own host; again while that one is being started.
     pub(super) fn resize(&self, workers: u32) -> Result<()> {
-        let mut command = self.on_host(self.places.len(), "percheron", "resize")?;
-        command.arg("resize").arg(&self.dir).arg(workers.to_string()).stdin(Stdio::null());
-        let status = command.status().context("cannot start percheron resize")?;
-        ensure!(status.success(), "`percheron resize` failed; see logs/resize.log of the run");
-        Ok(())
+        let started = Instant::now();
+        loop {
+            let mut command = self.on_host(self.places.len(), "percheron", "resize")?;
+            command.arg("resize").arg(&self.dir).arg(workers.to_string()).stdin(Stdio::null());
+            if command.status().context("cannot start percheron resize")?.success() {
+                return Ok(());
+            }
+            let is_late = started.elapsed() >= START_MAX;
+            ensure!(!is_late, "`percheron resize` failed; see logs/resize.log of the run");
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Whether the run has ended; an error if its coordinator has, in another way than by our hand.

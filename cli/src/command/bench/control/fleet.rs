@@ -254,6 +254,7 @@ async fn open(door: Door, number: u64) -> Result<Opened> {
         fingerprint: Fingerprint::default(),
         generation: None,
         applied: None,
+        preparing: false,
     };
     let hello = v1::Hello::new(worker, &hello, env!("CARGO_PKG_VERSION"));
     let (requests, receiver) = mpsc::unbounded_channel();
