@@ -70,6 +70,7 @@ pub fn index_tars(
             policy: Policy::KeepTars,
             converted: 0,
             cmyk,
+            deep: 0,
             skipped: Vec::new(),
             attribution: options.attribution.clone(),
             licence: options.licence.clone(),

@@ -115,6 +115,27 @@ pub(crate) fn scan_webdataset(folder: &Path) -> Result<Listing, PackError> {
     Ok(listing)
 }
 
+/// The images of a source of which nobody says the class: a file, a folder, a tar.
+pub(crate) fn scan_unlabelled(source: &Path) -> Result<Vec<SourceFile>, PackError> {
+    check_nearness(source)?;
+    let mut files = Vec::new();
+    if source.is_dir() {
+        collect_images(source, source, 0, &mut files)?;
+    } else if has_extension(source, "tar") {
+        for tar in list_tars(source, &[source.to_owned()])? {
+            let images = tar.files.iter().filter(|member| is_image(&member.name));
+            files.extend(images.map(|member| tar.file(member, 0)));
+        }
+    } else {
+        let unread = |error| PackError::Read { path: source.to_owned(), source: error };
+        let length = fs::metadata(source).map_err(unread)?.len();
+        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = source.to_owned();
+        files.push(SourceFile { name, label: 0, length, file, offset: 0, raw: None });
+    }
+    if files.is_empty() { Err(PackError::NoImages(source.to_owned())) } else { Ok(files) }
+}
+
 /// Packing reads a source in another order than that of its files, which a bucket is too slow for.
 fn check_nearness(source: &Path) -> Result<(), PackError> {
     let is_far = source.to_str().is_some_and(|source| source.contains("://"));
