@@ -44,13 +44,12 @@ pub(super) enum BeginError {
         keys: String,
     },
     /// The tensors do not suit the network.
-    #[error("finetune.file {file}: it does not fit the network")]
+    #[error("finetune.file {file}: it does not fit the network: {problems}")]
     Misfit {
         /// The file.
         file: String,
-        /// What does not fit.
-        #[source]
-        misfit: Misfit,
+        /// What does not fit; of very much, the first.
+        problems: String,
     },
 }
 
@@ -65,7 +64,7 @@ pub(super) fn begin(state: &mut TrainState, recipe: &Recipe) -> Result<(), Begin
     }
     let Taken { taken, fresh, left } = overlay(state, &recipe.finetune)?;
     state.mend();
-    let (fresh, left) = (shown(&fresh), shown(&left));
+    let (fresh, left) = (shown(&fresh, ", "), shown(&left, ", "));
     info!(file = recipe.finetune.file, taken, fresh, left, "the run begins from a file of weights");
     Ok(())
 }
@@ -86,14 +85,17 @@ fn overlay(state: &mut TrainState, finetune: &Finetune) -> Result<Taken, BeginEr
     let Some(arrays) = below.or_else(|| content.arrays()) else {
         return Err(BeginError::NoTensors { file: file.clone(), keys: keys.join(", ") });
     };
-    let misfit = |misfit| BeginError::Misfit { file: file.clone(), misfit };
+    let misfit = |misfit: Misfit| {
+        let problems = shown(&misfit.problems, "; ");
+        BeginError::Misfit { file: file.clone(), problems }
+    };
     weights::take(state, Which::Averaged, &arrays, prefix).map_err(misfit)?;
     weights::take(state, Which::Live, &arrays, prefix).map_err(misfit)
 }
 
 /// Some names and how many more there are.
-fn shown(names: &[String]) -> String {
-    let few = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+fn shown(names: &[String], between: &str) -> String {
+    let few = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(between);
     match names.len().saturating_sub(SHOWN) {
         0 => few,
         more => format!("{few} and {more} more"),
@@ -173,9 +175,7 @@ mod tests {
         let [path, digest] = file(folder.path(), 10, str::to_owned);
         let problem = |sets: &[&str]| {
             let recipe = recipe(sets);
-            let error = begin(&mut state(&recipe), &recipe).unwrap_err();
-            let source = std::error::Error::source(&error).map(ToString::to_string);
-            format!("{error}: {}", source.unwrap_or_default())
+            begin(&mut state(&recipe), &recipe).unwrap_err().to_string()
         };
         let other = format!("finetune.sha256=\"{}\"", "a".repeat(64));
         assert!(problem(&[&path, &other]).contains("its SHA-256 is "));
@@ -183,7 +183,7 @@ mod tests {
         let foreign = problem(&[&path, &digest, "finetune.prefix=net."]);
         assert!(foreign.contains("none of its") && foreign.contains("weights.pth"), "{foreign}");
         let wide = problem(&[&path, &digest, "model.name=reg800m_perceiver_t128"]);
-        assert!(wide.contains("has the shape"), "{wide}");
+        assert!(wide.contains("has the shape") && wide.contains(" more"), "{wide}");
 
         let spoilt = write(
             folder.path(),

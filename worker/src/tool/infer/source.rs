@@ -2,7 +2,7 @@
 
 use std::{ops::Range, path::Path, sync::Arc};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use cluster::Epoch;
 use recipe::Recipe;
 use shards::{Batch, Dataset, LooseImages, Transform};
@@ -70,7 +70,7 @@ impl Source {
             }
             Self::Loose(loose) => {
                 let Loose { images, transform, pixels, planes } = &mut **loose;
-                images.load(range, transform, pixels).context("an image")?;
+                images.load(range, transform, pixels)?;
                 transform.normalize().nchw(pixels, planes);
                 Ok(tensor(planes, pixels.size))
             }
