@@ -178,13 +178,14 @@ fn labels_out_of_range_are_named() {
     let refusal = bench.refusal("shards pack tars --out packed");
     assert!(refusal.contains("names 2 classes, but an image has the class 7"), "{refusal}");
 
-    let pack = bench.run("shards pack data/val --out two --split val");
+    bench.image("val", "elm", 1);
+    let pack = bench.run("shards pack data/val --out three --split val");
     assert!(pack.status.success());
     let up =
-        "up --recipe digits --set data.location=two --set data.train=val --set model.classes=1";
+        "up --recipe digits --set data.location=three --set data.train=val --set model.classes=2";
     let refusal = bench.refusal(up);
     assert!(
-        refusal.contains("two has 2 classes") && refusal.contains("model.classes"),
+        refusal.contains("three has 3 classes") && refusal.contains("model.classes"),
         "{refusal}"
     );
 }
