@@ -6,6 +6,7 @@ mod change;
 mod checkpoint;
 mod checkpoints;
 pub(crate) mod coordinator;
+mod curves;
 mod explain;
 mod incidents;
 mod log;
@@ -38,6 +39,8 @@ pub(crate) enum Command {
     Audit(audit::Arguments),
     /// Show the event log of a run.
     Log(log::Arguments),
+    /// Write how a run has learnt: TensorBoard's events, log.jsonl and a picture, into its folder.
+    Curves(curves::Arguments),
     /// Show what disturbed a run, who noticed, and what it cost.
     Incidents(incidents::Arguments),
     /// Show a run in the browser: live, or as it was at any record of its log.
@@ -75,6 +78,9 @@ pub(crate) enum Command {
     /// Evaluate a checkpoint: every exit, every class, and dynamic inference at 33 budgets.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Eval(worker::Arguments),
+    /// Tell what images show: five classes each, with early exit at a budget.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Infer(worker::Arguments),
     /// List the registered models, or show one: parameters, multiply–accumulates, stages, channels.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Model(worker::Arguments),
@@ -98,6 +104,7 @@ impl Command {
             Self::Status(arguments) => in_runtime(status::run(arguments)),
             Self::Audit(arguments) => in_runtime(audit::run(arguments)),
             Self::Log(arguments) => in_runtime(log::run(arguments)),
+            Self::Curves(arguments) => in_runtime(curves::run(arguments)),
             Self::Incidents(arguments) => in_runtime(incidents::run(arguments)),
             Self::Page(arguments) => in_runtime(page::run(arguments)),
             Self::Checkpoint(arguments) => in_runtime(checkpoint::run(arguments)),
@@ -111,7 +118,8 @@ impl Command {
             Self::Recipe(command) => recipe::run(command),
             Self::Import(arguments) => worker::run_tool("import", arguments),
             Self::Export(arguments) => worker::run_tool("export", arguments),
-            Self::Eval(arguments) => worker::run_tool("eval", arguments),
+            Self::Eval(arguments) => worker::run_eval(arguments),
+            Self::Infer(arguments) => worker::run_tool("infer", arguments),
             Self::Model(arguments) => worker::run_tool("model", arguments),
             Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

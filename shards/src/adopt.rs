@@ -85,6 +85,7 @@ pub fn index_tars_with(
             policy: Policy::KeepTars,
             converted: 0,
             cmyk,
+            deep: 0,
             skipped: Vec::new(),
             attribution: options.attribution.clone(),
             licence: options.licence.clone(),

@@ -27,7 +27,7 @@ pub(crate) mod tree;
 
 pub use image::CorruptImage;
 use image::Image;
-pub(crate) use image::{Checker, flags_of};
+pub(crate) use image::{Checker, as_jpeg, flags_of};
 use resume::Journal;
 use scan::{Listing, SourceFile};
 use tree::Tree;
@@ -111,6 +111,9 @@ pub enum PackError {
     /// The source is not a folder of class folders.
     #[error("{} has no class folders: it must have one folder a class, with images in it", .0.display())]
     NoClasses(PathBuf),
+    /// A source without images.
+    #[error("{} has no .jpg, .jpeg or .png file", .0.display())]
+    NoImages(PathBuf),
     /// A class folder has nothing to pack.
     #[error(
         "class folder {} has no .jpg, .jpeg or .png file: remove the folder or add its images",
@@ -276,6 +279,7 @@ pub fn pack_with(
             policy: Policy::KeepJpegConvertPngQuality100,
             converted: done.converted,
             cmyk: done.cmyk,
+            deep: done.deep,
             skipped,
             attribution: options.attribution.clone(),
             licence: options.licence.clone(),
@@ -399,6 +403,7 @@ impl<'a> Packer<'a> {
         self.done.bytes += u64::from(image.length);
         self.done.converted += u64::from(image.flags.has(Flags::RE_ENCODED));
         self.done.cmyk += u64::from(image.flags.has(Flags::CMYK));
+        self.done.deep += u64::from(image.deep);
     }
 
     fn close_shard(&mut self) -> Result<(), PackError> {

@@ -4,6 +4,7 @@
 //! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod accuracy;
 mod checkpoint;
 mod clothing;
 mod data;
@@ -37,6 +38,8 @@ pub(crate) enum Benchmark {
     Tolerance(tolerance::Arguments),
     /// Pack photographs of clothing and train on them with the whole recipe.
     Clothing(clothing::Arguments),
+    /// What networks learn from photographs of clothing, over several seeds.
+    Accuracy(accuracy::Arguments),
     /// Time a training step, in turns with other builds of the worker or with PyTorch.
     StepAgainst(step_against::Arguments),
     /// Images a core prepares in a second, ours and a Python pipeline's.
@@ -69,6 +72,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
         Benchmark::Checkpoint(arguments) => checkpoint::run(workspace, arguments),
         Benchmark::Tolerance(arguments) => tolerance::run(workspace, arguments),
         Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
+        Benchmark::Accuracy(arguments) => accuracy::run(workspace, arguments),
         Benchmark::StepAgainst(arguments) => step_against::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),
         Benchmark::Instructions(arguments) => instructions::run(workspace, arguments),

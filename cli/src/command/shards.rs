@@ -192,7 +192,23 @@ fn run_pack(arguments: Pack) -> Result<()> {
         manifest.provenance.converted,
         manifest.provenance.skipped.len(),
     ));
+    odd_images(&manifest).iter().for_each(|note| print::err(note));
     Ok(())
+}
+
+/// What people may want to know of the images of a split that was just packed, a line each.
+pub(super) fn odd_images(manifest: &Manifest) -> Vec<String> {
+    let (split, provenance) = (&manifest.split, &manifest.provenance);
+    let line = |count: u64, what: &str| {
+        (count > 0)
+            .then(|| format!("note: {} images of split {split} {what}", print::grouped(count)))
+    };
+    let cmyk = line(provenance.cmyk, "are CMYK: they are kept, and shown as Pillow converts them");
+    let deep = line(
+        provenance.deep,
+        "have 16 bits a channel: the upper eight are kept, the lower dropped",
+    );
+    cmyk.into_iter().chain(deep).collect()
 }
 
 fn run_index(arguments: Index) -> Result<()> {

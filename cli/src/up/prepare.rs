@@ -234,12 +234,10 @@ fn check_dataset(recipe: &Recipe) -> Result<u64> {
     };
     let train = open("train", &recipe.data.train)?;
     let validation = open("validation", &recipe.data.validation)?;
-    if train.classes() != validation.classes() {
+    if let Some((there, missing, class)) = difference(&train, &validation) {
         bail!(
-            "dataset {location}: the splits {:?} and {:?} have different classes: pack both from the \
-             same class folders",
-            recipe.data.train,
-            recipe.data.validation
+            "dataset {location}: the splits have different classes: {there:?} has {class:?} and {missing:?} \
+             has not: pack both from the same class folders"
         );
     }
     let (found, classes) = (train.classes().len(), recipe.model.classes);
@@ -250,6 +248,22 @@ fn check_dataset(recipe: &Recipe) -> Result<u64> {
         );
     }
     Ok(train.len())
+}
+
+/// The split that has a class which the other has not, the other, and the first such class. The same classes in
+/// another order are none too.
+fn difference<'d>(a: &'d Dataset, b: &'d Dataset) -> Option<(&'d str, &'d str, &'d str)> {
+    let name = |dataset: &'d Dataset| dataset.manifest().split.as_str();
+    let lacks = |there: &'d Dataset, missing: &'d Dataset| {
+        let classes = there.classes().iter();
+        let class = classes.clone().find(|class| !missing.classes().contains(class))?;
+        Some((name(there), name(missing), class.as_str()))
+    };
+    let moved = || {
+        let (class, _) = a.classes().iter().zip(b.classes()).find(|(a, b)| a != b)?;
+        Some((name(a), name(b), class.as_str()))
+    };
+    lacks(a, b).or_else(|| lacks(b, a)).or_else(moved)
 }
 
 /// What is there of a run that was begun: its log, and the checkpoint that it would go on from.

@@ -127,6 +127,26 @@ fn tars_in(tree: &Tree) -> Result<Vec<PathBuf>, PackError> {
     Ok(entries(tree, tree.root())?.into_iter().filter(is_tar).collect())
 }
 
+/// The images of a source of which nobody says the class: a file, a folder, a tar.
+pub(crate) fn scan_unlabelled(tree: &Tree) -> Result<Vec<SourceFile>, PackError> {
+    let root = tree.root();
+    let mut files = Vec::new();
+    if tree.is_dir(root) {
+        collect_images(tree, root, 0, &mut files)?;
+    } else if has_extension(root, "tar") {
+        for tar in list_tars(tree, &[root.to_owned()])? {
+            let images = tar.files.iter().filter(|member| is_image(&member.name));
+            files.extend(images.map(|member| tar.file(member, 0)));
+        }
+    } else {
+        let length = tree.length(root).map_err(|error| PackError::unread(root, error))?;
+        let name = root.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = root.to_owned();
+        files.push(SourceFile { name, label: 0, length, file, offset: 0, raw: None });
+    }
+    if files.is_empty() { Err(PackError::NoImages(root.to_owned())) } else { Ok(files) }
+}
+
 fn entries(tree: &Tree, folder: &Path) -> Result<Vec<PathBuf>, PackError> {
     tree.entries(folder).map_err(|error| PackError::unread(folder, error))
 }
