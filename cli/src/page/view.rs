@@ -204,14 +204,7 @@ impl Fold {
                 self.plan = (config.steps_total.0, config.steps_per_epoch);
             }
             Record::WorkerJoined { worker, name, .. } => self.lane(*worker, name, at_ms),
-            Record::WorkerLost { worker, cause, .. } => {
-                if let Some(&lane) = self.lane_of.get(worker) {
-                    let lane = &mut self.lanes[lane];
-                    lane.lost_ms = Some(at_ms);
-                    lane.cause = Some(cause.clone());
-                    lane.end_span(at_ms);
-                }
-            }
+            Record::WorkerLost { worker, cause, .. } => self.lost(*worker, cause, at_ms),
             Record::GenerationOpened { generation, members, planned, reason } => {
                 self.lanes.iter_mut().for_each(|lane| lane.end_span(at_ms));
                 for member in members {
@@ -268,6 +261,15 @@ impl Fold {
             | Record::NodeReadmitted { .. }
             | Record::ExchangeLost { .. }
             | Record::Resized { .. } => {}
+        }
+    }
+
+    fn lost(&mut self, worker: WorkerId, cause: &str, at_ms: u64) {
+        if let Some(&lane) = self.lane_of.get(&worker) {
+            let lane = &mut self.lanes[lane];
+            lane.lost_ms = Some(at_ms);
+            lane.cause = Some(cause.to_owned());
+            lane.end_span(at_ms);
         }
     }
 
