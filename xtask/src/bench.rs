@@ -4,6 +4,7 @@
 //! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod away;
 mod checkpoint;
 mod clothing;
 mod data;
@@ -26,6 +27,8 @@ use crate::{process, setup, test};
 pub(crate) enum Benchmark {
     /// Kill workers of a run, and measure how fast the others stop and go on.
     Recovery(recovery::Arguments),
+    /// Take the coordinator away, replace it by one that stands by, stop it and let it go on.
+    Away(away::Arguments),
     /// Train for long, and see whether memory or step time grow.
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
@@ -61,6 +64,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
     }
     match benchmark {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
+        Benchmark::Away(arguments) => away::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
         Benchmark::Checkpoint(arguments) => checkpoint::run(workspace, arguments),

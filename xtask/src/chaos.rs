@@ -3,7 +3,7 @@
 //! Nobody supervises the workers: that one has died is found by its peers and the coordinator alone. With
 //! root and network namespaces each worker has a host of its own, whose network is broken as well.
 
-mod crew;
+pub(crate) mod crew;
 mod lab;
 mod tale;
 
@@ -194,8 +194,8 @@ fn recipe(workspace: &Workspace, steps: u64) -> Result<String> {
 fn steps_for(workspace: &Workspace, options: &Options, folder: &Path) -> Result<u64> {
     let dir = folder.join("trial");
     let recipe = recipe(workspace, TRIAL_STEPS)?;
-    let mut crew =
-        Crew::start(workspace, &dir, &recipe, (options.workers, options.workers as usize), None)?;
+    let places = (options.workers, options.workers as usize);
+    let mut crew = Crew::start(workspace, &dir, &recipe, places, None, 1)?;
     wait_for_the_end(&mut crew, Duration::from_secs(300), |_| Ok(()))?;
     let step = read(workspace, &dir)?.step_ms().context("the trial made no step")?.max(1);
     println!("a step takes {step} ms");
@@ -293,7 +293,7 @@ impl<'a> Chaos<'a> {
         let shim = dir.with_extension("delay.py");
         let lab = hosts.then(|| Lab::up(places + 1, shim)).transpose()?;
         let recipe = recipe(workspace, steps)?;
-        let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab)?;
+        let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab, 1)?;
         let burn = |_| {
             let mut burner = workspace.command("sh");
             burner.args(["-c", "while :; do :; done"]).spawn().context("cannot start a burner")
@@ -368,7 +368,10 @@ impl Plan {
                 crew.signal(place, Signal::Stop)?;
                 self.after(FREEZE, Later::Continue(place));
             }
-            Kind::Coordinator => crew.kill_coordinator()?,
+            Kind::Coordinator => {
+                crew.kill_coordinator(0)?;
+                crew.start_coordinator(0)?;
+            }
             Kind::Join => {
                 if let Some(&place) = free.first() {
                     self.start(crew, place)?;

@@ -16,7 +16,7 @@ const SHIM: &str = include_str!("delay.py");
 
 /// The hosts; all is taken down when this is dropped.
 #[derive(Debug)]
-pub(super) struct Lab {
+pub(crate) struct Lab {
     tag: String,
     hosts: usize,
     shim: PathBuf,
