@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use checkpoint::{Retries, Store};
 use cluster::{
     Command, Coordinator, Event, Generation, Hello, Order, Outcome, Record, Report, Step,
     Timestamp, WorkerId,
@@ -142,13 +143,23 @@ impl Leader {
         let (mut log, mut entries) = Log::open(&config.log).await?;
         loop {
             check_run(&config, &entries)?;
+            if entries.is_empty() {
+                check_nothing_kept(&config).await?;
+            }
             let clock = Clock::not_before(entries.last().map(|entry| entry.at));
             let records = entries.iter().map(|entry| &entry.record);
             let (now, run) = (clock.now(), config.run.clone());
             let mut coordinator = Coordinator::restore_as(now, run, log.claimed(), records);
             // The first call carries out what `restore` decided: the new term becomes durable.
             let first = coordinator.handle(now, Event::DeadlineReached);
-            let begun = match log.append(now, &records_of(&first)).await {
+            // Who stood by until the end finds nothing to lead: the end stays the last word.
+            let (first, appended) = if coordinator.ledger().outcome.is_some() {
+                (Vec::new(), Ok(Vec::new()))
+            } else {
+                let records = records_of(&first);
+                (first, log.append(now, &records).await)
+            };
+            let begun = match appended {
                 Ok(begun) => begun,
                 Err(LogError::Superseded { by, .. }) if by < log.claimed() => {
                     (log, entries) = log.reopen().await?; // The last word of the one before counts.
@@ -249,6 +260,22 @@ fn check_run(config: &Config, entries: &[Entry]) -> Result<(), StartError> {
     }
 }
 
+/// A log without a record beside checkpoints has been lost: the run would silently begin anew.
+async fn check_nothing_kept(config: &Config) -> Result<(), StartError> {
+    let store = Store::create(&config.checkpoints)
+        .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
+    let look = || checkpoint::committed_steps(&store);
+    let committed = checkpoint::retrying(Retries::of("look for checkpoints"), look);
+    match committed.await.map_err(|source| LogError::Store { source })?.first() {
+        None => Ok(()),
+        Some(&newest) => Err(StartError::Forgotten {
+            log: config.log.to_string(),
+            checkpoints: config.checkpoints.clone(),
+            newest,
+        }),
+    }
+}
+
 fn welcome(config: &Config) -> v1::Welcome {
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     v1::Welcome {
@@ -313,6 +340,7 @@ impl Host {
                 published = Instant::now();
             }
         }
+        self.committer.finish().await;
         self.log.close().await;
         Ok(self.coordinator.ledger().outcome.clone().unwrap_or_else(|| Outcome::Failed {
             reason: "the coordinator was stopped before the run had ended".to_owned(),

@@ -5,6 +5,7 @@
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
 mod accuracy;
+mod away;
 mod checkpoint;
 mod clothing;
 mod data;
@@ -28,6 +29,8 @@ use crate::{process, setup, test};
 pub(crate) enum Benchmark {
     /// Kill workers of a run, and measure how fast the others stop and go on.
     Recovery(recovery::Arguments),
+    /// Take the coordinator away, replace it by one that stands by, stop it and let it go on.
+    Away(away::Arguments),
     /// Train for long, and see whether memory or step time grow.
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
@@ -67,6 +70,7 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
     }
     match benchmark {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
+        Benchmark::Away(arguments) => away::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
         Benchmark::Checkpoint(arguments) => checkpoint::run(workspace, arguments),

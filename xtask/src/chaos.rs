@@ -217,8 +217,8 @@ pub(crate) fn recipe(workspace: &Workspace, steps: u64, keeps: bool) -> Result<S
 fn steps_for(workspace: &Workspace, options: &Options, folder: &Path) -> Result<u64> {
     let dir = folder.join("trial");
     let recipe = recipe(workspace, TRIAL_STEPS, true)?;
-    let mut crew =
-        Crew::start(workspace, &dir, &recipe, (options.workers, options.workers as usize), None)?;
+    let places = (options.workers, options.workers as usize);
+    let mut crew = Crew::start(workspace, &dir, &recipe, places, None, 1)?;
     wait_for_the_end(&mut crew, Duration::from_secs(300), |_| Ok(()))?;
     let step = read(workspace, &dir)?.step_ms().context("the trial made no step")?.max(1);
     println!("a step takes {step} ms");
@@ -322,7 +322,7 @@ impl<'a> Chaos<'a> {
         let shim = dir.with_extension("delay.py");
         let lab = hosts.then(|| Lab::up(places + 1, shim)).transpose()?;
         let recipe = recipe(workspace, steps, true)?;
-        let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab)?;
+        let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab, 1)?;
         let burn = |_| {
             let mut burner = workspace.command("sh");
             burner.args(["-c", "while :; do :; done"]).spawn().context("cannot start a burner")
@@ -400,7 +400,10 @@ impl Plan {
                 crew.signal(place, Signal::Stop)?;
                 self.after(FREEZE, Later::Continue(place));
             }
-            Kind::Coordinator => crew.kill_coordinator()?,
+            Kind::Coordinator => {
+                crew.kill_coordinator(0)?;
+                crew.start_coordinator(0)?;
+            }
             Kind::Join => {
                 if let Some(&place) = free.first() {
                     self.start(crew, place)?;

@@ -247,6 +247,7 @@ impl Plan {
             run_dir: output,
             checkpoints: None,
             sets: Vec::new(),
+            standbys: 0,
             chaos: None,
             json,
             quarantine: false,

@@ -85,9 +85,14 @@ impl Coordinator {
     }
 
     /// A worker is to leave without loss: with the next planned change, or at once if it has no part.
+    ///
+    /// If nobody stays, the state is kept soon: those who asked will not be waited for long.
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };
-        known.draining = true;
+        let is_news = !std::mem::replace(&mut known.draining, true);
+        if is_news && self.workers.iter().all(|(_, known)| known.draining) {
+            self.keep_soon();
+        }
         self.unsettled = true;
         if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));

@@ -63,7 +63,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let recipe = chaos::recipe(workspace, arguments.steps, false)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from).min(8);
     let workers = arguments.workers.unwrap_or(u32::try_from(processors).expect("at most 8"));
-    let mut crew = Crew::start(workspace, &dir, &recipe, (workers, workers as usize), None)?;
+    let mut crew = Crew::start(workspace, &dir, &recipe, (workers, workers as usize), None, 1)?;
     let (mut threads, mut seen) = (Threads::default(), Vec::<Spent>::new());
     chaos::wait_for_the_end(&mut crew, PATIENCE, |crew| {
         if seen.last().is_none_or(|last| unix_ms() >= last.at_ms + LOOK_MS) {
