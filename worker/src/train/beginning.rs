@@ -185,8 +185,9 @@ mod tests {
         let wide = problem(&[&path, &digest, "model.name=reg800m_perceiver_t128"]);
         assert!(wide.contains("has the shape") && wide.contains(" more"), "{wide}");
 
+        let another = tempfile::tempdir().unwrap();
         let spoilt = write(
-            folder.path(),
+            another.path(),
             vec![("latent".to_owned(), Array::f32(&[32, 32], &[f32::NAN; 1024]))],
         );
         let [path, digest] = spoilt;
