@@ -10,6 +10,7 @@ const CLASSES = [
 ];
 let until = null; // The newest record that counts; null is now.
 let asked = 0;
+let shown = null; // What was drawn last.
 
 function element(name, text, attributes = {}) {
   const made = document.createElement(name);
@@ -61,7 +62,7 @@ function tick(range) {
 
 // Lines over steps: `lines` is [{name, colour, y}].
 function chart(id, xs, lines, { unit = "", digits = 2, from0 = false, what }) {
-  const W = 640, H = 220, L = 52, R = 10, T = 10, B = 28;
+  const W = Math.max(280, at(id).clientWidth || 640), H = 220, L = 52, R = 10, T = 10, B = 28;
   const known = lines.flatMap((line) => line.y).filter(Number.isFinite);
   const svg = drawn("svg", { viewBox: `0 0 ${W} ${H}`, role: "img" });
   if (xs.length === 0 || known.length === 0) {
@@ -119,7 +120,7 @@ function goodput(run) {
 function lanes(run) {
   const MOST = 64;
   const shown = run.lanes.slice(-MOST);
-  const W = 960, L = 110, ROW = 18, T = 6, B = 24;
+  const W = Math.max(280, at("lanes").clientWidth || 960), L = W < 600 ? 76 : 110, ROW = 18, T = 6, B = 24;
   const H = T + B + Math.max(1, shown.length) * ROW;
   const end = Math.max(run.at_ms, run.began_ms + 1);
   const x = (ms) => L + ((ms - run.began_ms) / (end - run.began_ms)) * (W - L - 10);
@@ -147,9 +148,10 @@ function lanes(run) {
     line.append(drawn("title", {}, incident.what.join("; ")));
     svg.append(line);
   }
-  const step = (end - run.began_ms) / 6;
-  for (let i = 0; i <= 6; i += 1) {
-    svg.append(drawn("text", { x: x(run.began_ms + i * step), y: H - 6, "text-anchor": i === 6 ? "end" : "middle" }, duration(i * step)));
+  const marks = W < 600 ? 2 : 6;
+  const step = (end - run.began_ms) / marks;
+  for (let i = 0; i <= marks; i += 1) {
+    svg.append(drawn("text", { x: x(run.began_ms + i * step), y: H - 6, "text-anchor": i === marks ? "end" : "middle" }, duration(i * step)));
   }
   const there = run.lanes.filter((lane) => lane.lost_ms === null).length;
   const older = run.lanes.length - shown.length;
@@ -244,7 +246,7 @@ async function refresh() {
     const answer = await fetch(`api/run${query}`);
     if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
     const run = await answer.json();
-    if (mine === asked) show(run);
+    if (mine === asked) show(shown = run);
   } catch (error) {
     at("state").textContent = `this page has lost its server (${error.message}); start percheron page again`;
     at("state").dataset.kind = "failed";
@@ -264,6 +266,12 @@ at("until").addEventListener("input", (event) => {
 at("now").addEventListener("click", () => { until = null; refresh(); at("until").focus(); });
 at("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
 theme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+
+let redraw = null;
+window.addEventListener("resize", () => {
+  clearTimeout(redraw);
+  redraw = setTimeout(() => { if (shown) show(shown); }, 150);
+});
 
 let due = null;
 new EventSource("api/changes").onmessage = () => {
