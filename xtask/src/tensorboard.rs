@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::workspace::Workspace;
-use crate::{process, test};
+use crate::{process, setup, test};
 
 const LIBRARY: [&str; 2] = ["tensorboard==2.19.0", "setuptools==80.9.0"];
 const SCRIPT: &str = include_str!("tensorboard.py");
@@ -41,7 +41,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     test::build(workspace)?;
     let python = match &options.python {
         Some(python) => python.clone(),
-        None => prepare_python(workspace)?,
+        None => setup::python_with(workspace, "tensorboard", "import tensorboard", &LIBRARY)?,
     };
     let folder = tempfile::tempdir().context("there is no room for temporary files")?;
     let percheron = |words: &[&str]| {
@@ -61,19 +61,6 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let count = check(&scalars(&seen)?, &log)?;
     println!("tensorboard: {STEPS} steps once each, {count} values as the event log has them");
     Ok(())
-}
-
-fn prepare_python(workspace: &Workspace) -> Result<PathBuf> {
-    let folder = workspace.cache.join("tensorboard");
-    let python = folder.join("bin/python");
-    if process::answers(workspace.command(&python).args(["-c", "import tensorboard"])) {
-        return Ok(python);
-    }
-    process::output(workspace.command("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-    let pip = ["-m", "pip", "install", "--quiet"];
-    process::output(workspace.command(&python).args(pip).args(LIBRARY))
-        .context("tensorboard cannot be installed; --python names a Python that has it")?;
-    Ok(python)
 }
 
 fn scalars(seen: &str) -> Result<Scalars> {
@@ -96,11 +83,15 @@ fn check(scalars: &Scalars, log: &str) -> Result<usize> {
     let (mut steps, mut evaluations) = (BTreeMap::new(), BTreeMap::new());
     for record in records.iter().map(|line| &line["record"]) {
         let step_of = |figures: &Value| figures["step"].as_u64().context("a step of the log");
-        if let Some(adopted) = record.get("StepAdopted") {
-            steps.entry(step_of(adopted)?).or_insert(&adopted["metrics"]);
-        } else if let Some(evaluated) = record.get("Evaluated") {
-            let evaluation = &evaluated["evaluation"];
-            evaluations.entry(step_of(evaluation)?).or_insert(evaluation);
+        match record["kind"].as_str() {
+            Some("step_adopted") => {
+                steps.entry(step_of(record)?).or_insert(&record["metrics"]);
+            }
+            Some("evaluated") => {
+                let evaluation = &record["evaluation"];
+                evaluations.entry(step_of(evaluation)?).or_insert(evaluation);
+            }
+            Some(_) | None => {}
         }
     }
     ensure!(steps.keys().copied().eq(1..=STEPS), "the log adopts the steps {:?}", steps.keys());
@@ -132,14 +123,14 @@ mod tests {
     fn log() -> String {
         let step = |step: u64| {
             format!(
-                "{{\"record\":{{\"StepAdopted\":{{\"step\":{step},\"metrics\":{{\"loss\":2.5,\
-                 \"learning_rate\":0.1,\"gradient_norm\":1.0}}}}}}}}\n"
+                "{{\"record\":{{\"kind\":\"step_adopted\",\"step\":{step},\"metrics\":{{\"loss\":2.5,\
+                 \"learning_rate\":0.1,\"gradient_norm\":1.0}}}}}}\n"
             )
         };
         let scores = "{\"top1\":[0.5,0.5,0.5,0.5],\"loss\":2.0}";
         let evaluated = format!(
-            "{{\"record\":{{\"Evaluated\":{{\"evaluation\":{{\"step\":{STEPS},\"weights\":{scores},\
-             \"ema\":{scores}}}}}}}}}"
+            "{{\"record\":{{\"kind\":\"evaluated\",\"evaluation\":{{\"step\":{STEPS},\"weights\":{scores},\
+             \"ema\":{scores}}}}}}}"
         );
         (1..=STEPS).map(step).collect::<String>() + &evaluated
     }
