@@ -64,9 +64,8 @@ impl Fold {
                 let what = format!("a new coordinator took the lead (term {term})");
                 self.tell(entry, what, "the supervisor of the coordinator", generation);
             }
-            Record::WorkerLost { worker, name, cause } => {
-                let is_member = self.ledger.members.iter().any(|member| member.worker == *worker);
-                if is_member && self.ledger.outcome.is_none() {
+            Record::WorkerLost { name, cause, .. } => {
+                if self.ledger.is_disturbed_by(&entry.record) {
                     let what = format!("{name} was lost: {cause}");
                     self.tell(entry, what, noticed_by(cause), self.ledger.generation.next());
                 }

@@ -23,7 +23,6 @@ use axum::{
     },
     routing::get,
 };
-use cluster::Record;
 use coordinator::Entry;
 use proto::v1::Liveness;
 use serde::Deserialize;
@@ -85,7 +84,7 @@ pub(crate) async fn serve(source: Source, listen: SocketAddr) -> Result<()> {
             let patience = looking.patience();
             sleep(patience).await;
             if let Err(error) = looking.look(&source).await {
-                tracing::warn!("the run cannot be read just now: {error:#}");
+                print::err(&format!("the run cannot be read just now: {error:#}"));
             }
         }
     };
@@ -155,9 +154,7 @@ impl Run {
         let (next, is_over) = {
             let seen = self.seen.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             let last = seen.entries.last();
-            let is_over = last.is_some_and(|entry| {
-                matches!(entry.record, Record::RunFinished { .. } | Record::RunFailed { .. })
-            });
+            let is_over = last.is_some_and(|entry| entry.record.ends_the_run());
             (last.map_or(1, |entry| entry.sequence + 1), is_over)
         };
         if is_over {

@@ -300,6 +300,11 @@ pub struct ExitScores {
     pub loss: f64,
 }
 
+impl ExitScores {
+    /// Names of the exits, in their order everywhere.
+    pub const EXITS: [&str; 4] = ["early3", "att", "cnn", "merge"];
+}
+
 /// One worker's share of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {

@@ -77,6 +77,35 @@ impl Ledger {
         self.intact_members.iter().any(|member| member.worker == worker)
     }
 
+    /// Whether a record, which is the next, tells that training cannot go on as it did: a member is lost, an exchange
+    /// broke, or the generation before was given up. The first generation disturbs nothing.
+    #[must_use]
+    pub fn is_disturbed_by(&self, record: &Record) -> bool {
+        match record {
+            Record::WorkerLost { worker, .. } => {
+                let is_member = self.members.iter().any(|member| member.worker == *worker);
+                is_member && self.outcome.is_none()
+            }
+            Record::GenerationOpened { generation, planned, .. } => !planned && generation.0 > 1,
+            Record::ExchangeLost { .. } => true,
+            Record::RunCreated { .. }
+            | Record::TermStarted { .. }
+            | Record::FingerprintFixed { .. }
+            | Record::WorkerJoined { .. }
+            | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
+            | Record::Resized { .. }
+            | Record::GenerationFormed { .. }
+            | Record::StepAdopted { .. }
+            | Record::Evaluated { .. }
+            | Record::CheckpointCommitted { .. }
+            | Record::CheckpointAbandoned { .. }
+            | Record::RunFinished { .. }
+            | Record::RunFailed { .. } => false,
+        }
+    }
+
     /// Takes one record in.
     pub fn apply(&mut self, record: &Record) {
         match record {

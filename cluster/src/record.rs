@@ -153,3 +153,11 @@ pub enum Record {
         reason: String,
     },
 }
+
+impl Record {
+    /// Whether no other record follows it, whoever leads.
+    #[must_use]
+    pub fn ends_the_run(&self) -> bool {
+        matches!(self, Self::RunFinished { .. } | Self::RunFailed { .. })
+    }
+}

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
 };
 
-use cluster::{ExitScores, Record, StepMetrics, Timestamp, WorkerId};
+use cluster::{ExitScores, Ledger, Record, StepMetrics, Timestamp, WorkerId};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text},
@@ -33,9 +33,6 @@ const STEP_BUCKETS: [f64; 14] =
     [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0];
 /// Of a recovery: from a socket that broke to machines that had to be found.
 const RECOVERY_BUCKETS: [f64; 10] = [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 60.0, 600.0];
-
-/// Names of the exits in the order of [`ExitScores`].
-const EXITS: [&str; 4] = ["early3", "att", "cnn", "merge"];
 
 type Real = Gauge<f64, AtomicU64>;
 
@@ -93,8 +90,15 @@ impl Devices {
 pub(crate) struct Metrics {
     registry: Registry,
     fold: Fold,
+    run: Mutex<Run>,
+}
+
+/// How the run stands.
+#[derive(Debug, Default)]
+struct Run {
+    ledger: Ledger,
     /// When training stopped, as long as no step has been adopted since.
-    stopped: Mutex<Option<Timestamp>>,
+    stopped: Option<Timestamp>,
 }
 
 impl fmt::Debug for Metrics {
@@ -172,38 +176,21 @@ impl Metrics {
         registry.register("steps_planned", "Steps of the whole run", planned);
         fold.register(&mut registry);
         registry.register_collector(Box::new(Workers { liveness, devices }));
-        Self { registry, fold, stopped: Mutex::default() }
+        Self { registry, fold, run: Mutex::default() }
     }
 
     /// Takes an entry of the log in.
     pub(crate) fn observe(&self, entry: &Entry) {
         self.fold.observe(&entry.record);
-        let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
-        match &entry.record {
-            Record::WorkerLost { .. } | Record::ExchangeLost { .. } => {
-                stopped.get_or_insert(entry.at);
-            }
-            Record::StepAdopted { .. } => {
-                if let Some(since) = stopped.take() {
-                    self.fold.recovery_seconds.observe(entry.at.since(since).as_secs_f64());
-                }
-            }
-            Record::RunCreated { .. }
-            | Record::TermStarted { .. }
-            | Record::FingerprintFixed { .. }
-            | Record::WorkerJoined { .. }
-            | Record::WorkerRefused { .. }
-            | Record::NodeMarked { .. }
-            | Record::NodeReadmitted { .. }
-            | Record::Resized { .. }
-            | Record::GenerationOpened { .. }
-            | Record::GenerationFormed { .. }
-            | Record::Evaluated { .. }
-            | Record::CheckpointCommitted { .. }
-            | Record::CheckpointAbandoned { .. }
-            | Record::RunFinished { .. }
-            | Record::RunFailed { .. } => {}
+        let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if run.ledger.canonical.0 > 0 && run.ledger.is_disturbed_by(&entry.record) {
+            run.stopped.get_or_insert(entry.at);
+        } else if matches!(entry.record, Record::StepAdopted { .. })
+            && let Some(since) = run.stopped.take()
+        {
+            self.fold.recovery_seconds.observe(entry.at.since(since).as_secs_f64());
         }
+        run.ledger.apply(&entry.record);
     }
 
     /// The text of a scrape, in OpenMetrics 1.0.
@@ -315,7 +302,7 @@ impl Fold {
     }
 
     fn scored(&self, weights: &'static str, scores: &ExitScores) {
-        for (exit, top1) in EXITS.into_iter().zip(scores.top1) {
+        for (exit, top1) in ExitScores::EXITS.into_iter().zip(scores.top1) {
             self.top1.get_or_create(&Scored { exit, weights }).set(top1);
         }
     }
@@ -434,7 +421,7 @@ fn version() -> String {
 mod tests {
     use std::collections::HashMap;
 
-    use cluster::{Epoch, Evaluation, Generation, Step};
+    use cluster::{Epoch, Evaluation, Generation, Member, Step};
 
     use super::*;
 
@@ -466,6 +453,15 @@ mod tests {
     #[test]
     fn the_log_adds_up() {
         let (metrics, ..) = metrics();
+        let (name, address) = ("a".to_owned(), String::new());
+        let member = Member { worker: WorkerId(1), name, address, block: 0..1 };
+        let opened = Record::GenerationOpened {
+            generation: Generation(1),
+            members: vec![member],
+            planned: false,
+            reason: "a test".to_owned(),
+        };
+        observe(&metrics, 0, opened);
         observe(&metrics, 0, adopted(1));
         observe(&metrics, 1000, adopted(2));
         let lost =

@@ -99,6 +99,7 @@ impl Watch {
             latest: Arc::clone(&latest),
             end: Arc::clone(&end),
             broken: Some(broken),
+            told: None,
         };
         let thread = std::thread::Builder::new()
             .name("health".to_owned())
@@ -142,6 +143,8 @@ struct Watcher<F> {
     latest: Arc<Mutex<DeviceHealth>>,
     end: Arc<AtomicBool>,
     broken: Option<F>,
+    /// What the driver failed with last, so that it is told once.
+    told: Option<String>,
 }
 
 impl<F: FnOnce(String)> Watcher<F> {
@@ -201,7 +204,7 @@ impl<F: FnOnce(String)> Watcher<F> {
     fn failed(&mut self, error: &NvmlError) {
         if matches!(error, NvmlError::GpuLost) {
             self.say("the driver has lost the GPU".to_owned());
-        } else {
+        } else if self.told.replace(error.to_string()) != Some(error.to_string()) {
             warn!(%error, "the GPU's driver does not say how it is");
         }
     }

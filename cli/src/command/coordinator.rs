@@ -15,7 +15,10 @@ use clap::Args;
 use cluster::Outcome;
 use recipe::Recipe;
 use shards::Dataset;
-use tokio::{net::TcpSocket, sync::oneshot};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::oneshot,
+};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -83,16 +86,16 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         let address = socket.local_addr().context("the address that is listened on")?;
         run_dir::write_atomically(file, address.to_string().as_bytes(), 0o644)?;
     }
-    let http =
-        arguments.http.map(|at| bind(at).with_context(|| format!("--http: cannot listen on {at}")));
-    let http = http.transpose()?;
     let config = configure(&arguments).await?;
     let led = async {
         let leader = Leader::begin(config).await?;
         // Only now: who stands by lets nobody in.
         let listener =
             socket.listen(BACKLOG).with_context(|| format!("cannot listen on {listen}"))?;
-        let http = http.map(|socket| socket.listen(BACKLOG)).transpose()?;
+        let http = match arguments.http {
+            Some(at) => listen_http(at, arguments.standby).await?,
+            None => None,
+        };
         anyhow::Ok(leader.serve_with(listener, http).await?)
     };
     tokio::select! {
@@ -101,6 +104,19 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
             Outcome::Failed { reason } => bail!(reason),
         },
         () = stdin_closed(), if arguments.exit_with_stdin => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The port is taken by who leads. Who takes over from a leader that only sleeps may find it in use, and leads without.
+async fn listen_http(at: SocketAddr, standby: bool) -> Result<Option<TcpListener>> {
+    let listener = TcpListener::bind(at).await;
+    match listener.with_context(|| format!("--http: cannot listen on {at}")) {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if standby => {
+            tracing::warn!("{error:#}; this coordinator leads without");
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -26,9 +26,6 @@ use crate::{
 const EVENTS: &str = "tensorboard";
 const PICTURE: &str = "curves.svg";
 
-/// What the log has of exits, in their order everywhere.
-pub(super) const EXITS: [&str; 4] = ["early3", "att", "cnn", "merge"];
-
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// The folder of a run, which may still be on.

@@ -1,7 +1,7 @@
 //! Where a run's time went. The classes share the time from the first record to the last among them, to the
 //! millisecond.
 
-use cluster::{Record, StepMetrics};
+use cluster::{Ledger, Record, StepMetrics};
 use coordinator::Entry;
 use serde::Serialize;
 
@@ -58,6 +58,7 @@ impl Goodput {
 
 #[derive(Debug, Default)]
 struct Fold {
+    ledger: Ledger,
     spent: Goodput,
     /// All time before this moment is accounted for, in milliseconds since the Unix epoch.
     until: u64,
@@ -70,37 +71,16 @@ struct Fold {
 
 impl Fold {
     fn take(&mut self, entry: &Entry) {
-        match &entry.record {
-            Record::StepAdopted { metrics, applied_at, .. } => {
-                let at = applied_at.map_or(entry.at.0, |at| at.0);
-                self.stepped(at, metrics.unwrap_or_default());
-            }
-            Record::WorkerLost { .. } | Record::ExchangeLost { .. } => {
-                if self.has_stepped {
-                    self.disturbed.get_or_insert(entry.at.0);
-                }
-            }
-            Record::GenerationOpened { planned: false, .. } => {
-                if self.has_stepped {
-                    self.disturbed.get_or_insert(entry.at.0);
-                }
-            }
-            Record::Evaluated { .. } => self.is_evaluated = true,
-            Record::CheckpointCommitted { .. } => self.is_kept = true,
-            Record::RunCreated { .. }
-            | Record::TermStarted { .. }
-            | Record::FingerprintFixed { .. }
-            | Record::WorkerJoined { .. }
-            | Record::WorkerRefused { .. }
-            | Record::NodeMarked { .. }
-            | Record::NodeReadmitted { .. }
-            | Record::Resized { .. }
-            | Record::GenerationOpened { .. }
-            | Record::GenerationFormed { .. }
-            | Record::CheckpointAbandoned { .. }
-            | Record::RunFinished { .. }
-            | Record::RunFailed { .. } => {}
+        let record = &entry.record;
+        if self.has_stepped && self.ledger.is_disturbed_by(record) {
+            self.disturbed.get_or_insert(entry.at.0);
+        } else if let Record::StepAdopted { metrics, applied_at, .. } = record {
+            let at = applied_at.map_or(entry.at.0, |at| at.0);
+            self.stepped(at, metrics.unwrap_or_default());
         }
+        self.is_evaluated |= matches!(record, Record::Evaluated { .. });
+        self.is_kept |= matches!(record, Record::CheckpointCommitted { .. });
+        self.ledger.apply(record);
     }
 
     fn stepped(&mut self, at: u64, metrics: StepMetrics) {
@@ -157,7 +137,7 @@ fn whole(ms: f32) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use cluster::{Generation, Step, Timestamp, WorkerId};
+    use cluster::{Generation, Member, Step, Timestamp, WorkerId};
 
     use super::*;
 
@@ -187,10 +167,26 @@ mod tests {
     fn every_millisecond_is_in_one_class() {
         let lost =
             Record::WorkerLost { worker: WorkerId(1), name: "a".to_owned(), cause: "c".to_owned() };
+        let member = Member {
+            worker: WorkerId(1),
+            name: "a".to_owned(),
+            address: String::new(),
+            block: 0..1,
+        };
+        let opened = Record::GenerationOpened {
+            generation: Generation(1),
+            members: vec![member],
+            planned: false,
+            reason: "a test".to_owned(),
+        };
+        let stood_by =
+            Record::WorkerLost { worker: WorkerId(2), name: "b".to_owned(), cause: "c".to_owned() };
         let entries = log(vec![
             (1000, Record::CheckpointCommitted { step: Step(0) }),
+            (1000, opened),
             (3000, step(1)),
             (3100, step(2)),
+            (3200, stood_by),
             (3350, lost),
             (4000, step(3)),
             (4010, Record::CheckpointCommitted { step: Step(3) }),

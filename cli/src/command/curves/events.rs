@@ -10,7 +10,7 @@
 use cluster::{ExitScores, Timestamp};
 use prost::Message;
 
-use super::{Course, EXITS};
+use super::Course;
 
 #[derive(Clone, PartialEq, Message)]
 struct Event {
@@ -78,7 +78,7 @@ pub(super) fn file(began: Timestamp, course: &Course) -> Vec<u8> {
 
 /// Under the names of the original's log.
 fn scores(suffix: &str, scores: &ExitScores) -> Vec<Value> {
-    let exits = EXITS.iter().zip(scores.top1);
+    let exits = ExitScores::EXITS.iter().zip(scores.top1);
     let mut values: Vec<Value> = exits
         .map(|(exit, top1)| value(&format!("perf/test_acc1_{exit}{suffix}"), top1 * 100.0))
         .collect();

@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::{Course, EXITS};
+use cluster::ExitScores;
+
+use super::Course;
 
 const WIDTH: f64 = 720.0;
 const PANEL: f64 = 200.0;
@@ -36,8 +38,8 @@ pub(super) fn svg(course: &Course) -> String {
         line("training loss", steps(&|metrics| f64::from(metrics.loss))),
         line("validation loss", evaluated(&|evaluation| evaluation.weights.loss)),
     ];
-    let mut accuracies: Vec<Line> = (0..EXITS.len())
-        .map(|exit| line(EXITS[exit], evaluated(&|e| e.weights.top1[exit] * 100.0)))
+    let mut accuracies: Vec<Line> = (0..ExitScores::EXITS.len())
+        .map(|exit| line(ExitScores::EXITS[exit], evaluated(&|e| e.weights.top1[exit] * 100.0)))
         .collect();
     accuracies.push(line("merge, average", evaluated(&|e| e.ema.top1[3] * 100.0)));
     let rates = [line("learning rate", steps(&|metrics| metrics.learning_rate))];

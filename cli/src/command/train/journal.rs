@@ -9,8 +9,6 @@ use recipe::Recipe;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::command::curves::EXITS;
-
 /// What `percheron model show` says.
 #[derive(Debug, Deserialize)]
 pub(in crate::command) struct Card {
@@ -102,7 +100,7 @@ impl Epoch {
 /// In percent, as the original.
 fn scores(line: &mut Map<String, Value>, suffix: &str, scores: &ExitScores) {
     line.insert(format!("test_loss{suffix}"), json!(scores.loss));
-    for (exit, top1) in EXITS.iter().zip(scores.top1) {
+    for (exit, top1) in ExitScores::EXITS.iter().zip(scores.top1) {
         line.insert(format!("test_acc1_{exit}{suffix}"), json!(top1 * 100.0));
     }
 }
