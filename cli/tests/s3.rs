@@ -125,3 +125,42 @@ async fn a_store_that_cannot_be_used_is_said_before_anything_is_begun() {
     assert!(said.contains("cannot open gs://b/runs: give a folder"), "{said}");
     assert!(!run_dir.exists());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_ranks_fail_to_upload_for_good_and_the_run_goes_on_and_keeps_the_next_checkpoint() {
+    let server = S3Server::start().await;
+    let proxy = Proxy::before(server.port()).await;
+    let variables = through(&server, proxy.port());
+    let folder = tempfile::tempdir().unwrap();
+    let undisturbed = finished(&mut command(&folder.path().join("undisturbed"), 1, &[]));
+
+    // More often than anybody tries: no part of step 3 gets through, of neither rank.
+    let path = "step-0000000003/part-";
+    proxy.add(Rule { method: "PUT", path, breakage: Breakage::SlowDown, times: u32::MAX });
+    let run_dir = folder.path().join("run");
+    let location = server.location("runs/unlucky");
+    let ended = finished(command(&run_dir, 2, &variables).args(["--checkpoints", &location]));
+    assert_eq!(ended["state_sha256"], undisturbed["state_sha256"]);
+    assert_eq!(ended["repeated_steps"], 0, "nobody was lost: {ended}");
+    let failed = [0, 1].map(|rank| failed_uploads(&run_dir, rank));
+    assert!(failed.iter().all(|&count| count > 0), "both ranks met the errors: {failed:?}");
+
+    let mut list = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    list.args(["checkpoints", "list", "--json"]).arg(&run_dir).envs(server.variables());
+    let listed = text(&list.output().unwrap().stdout);
+    let steps: Vec<_> = listed
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, [6, STEPS], "all but the third: {listed}");
+    let mut verify = Command::new(env!("CARGO_BIN_EXE_percheron"));
+    verify.args(["checkpoints", "verify"]).arg(&run_dir).envs(server.variables());
+    let output = verify.output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+/// How often a worker said that the store had refused a part.
+fn failed_uploads(run_dir: &Path, rank: u32) -> usize {
+    let log = fs::read_to_string(run_dir.join(format!("logs/worker-{rank}.log"))).unwrap();
+    log.lines().filter(|line| line.contains("the store failed")).count()
+}

@@ -156,7 +156,8 @@ pub async fn read(store: &Store, from: u64) -> Result<Vec<Entry>, LogError> {
     if matches!(first, Err(LogError::Gap { .. })) { read_once(store, from).await } else { first }
 }
 
-/// Appends to the log of a run that nobody leads. A leader that is there nevertheless is replaced by this.
+/// Appends to the log of a run that nobody leads, in objects of at most 512 records. A leader that is there
+/// nevertheless is replaced by this.
 ///
 /// # Errors
 /// [`LogError`]; [`LogError::Superseded`] if a leader was faster.
@@ -171,7 +172,11 @@ pub async fn append(
         if let Record::TermStarted { term } = &entry.record { Some(*term) } else { None }
     };
     journal.term = entries.iter().rev().find_map(term).unwrap_or_default();
-    journal.append(at, records).await
+    let mut appended = Vec::with_capacity(records.len());
+    for together in records.chunks(SEGMENT) {
+        appended.extend(journal.append(at, together).await?);
+    }
+    Ok(appended)
 }
 
 async fn read_once(store: &Store, from: u64) -> Result<Vec<Entry>, LogError> {

@@ -1,6 +1,8 @@
 //! `percheron audit`: proves from its log that a run did what its recipe says, or names the place where
 //! it did not.
 
+mod tamper;
+
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
@@ -21,6 +23,10 @@ pub(crate) struct Arguments {
     /// The folder of the run, or the URL of its event log.
     #[arg(value_name = "RUN_DIR|URL")]
     run_dir: PathBuf,
+    /// Afterwards, falsify a copy of the records in memory at so many places, in each way that there is, and
+    /// see that the audit names each of them.
+    #[arg(long, value_name = "PLACES")]
+    tamper: Option<usize>,
 }
 
 /// The order in which the recipe visits the data.
@@ -64,10 +70,20 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     let batches = BatchPlan::new(samples, virtual_ranks, batch, recipe.seed);
     let batches = batches.with_context(in_recipe)?;
     let entries = source.read(1).await?.entries;
-    let records = entries.iter().map(|entry| (entry.sequence, entry.at, &entry.record));
-    let proof = audit(&planned, &Plan { batches, samples, virtual_ranks }, records)
+    let records: Vec<_> =
+        entries.iter().map(|entry| (entry.sequence, entry.at, &entry.record)).collect();
+    let plan = Plan { batches, samples, virtual_ranks };
+    let proof = audit(&planned, &plan, records.iter().copied())
         .with_context(|| format!("the log of run {place} contradicts itself or its recipe"))?;
     proof.epochs.iter().for_each(|epoch| print::out(&line(epoch)));
+    if let Some(places) = arguments.tamper {
+        let noticed = tamper::tamper(&planned, &plan, &records, places)?;
+        print::out(&format!(
+            "falsified in memory, each named in its place: {} records taken away, {} doubled, {} changed, {} \
+             samples exchanged",
+            noticed.taken_away, noticed.doubled, noticed.changed, noticed.samples
+        ));
+    }
     print::out(&proof.to_string());
     Ok(ExitCode::SUCCESS)
 }

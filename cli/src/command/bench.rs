@@ -21,6 +21,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::{command::worker, print};
 
 mod crashes;
+mod restart;
 
 /// `percheron bench …`.
 #[derive(Debug, Subcommand)]
@@ -36,6 +37,8 @@ pub(crate) enum Command {
     /// The life of such a process.
     #[command(hide = true)]
     CrashingLife(crashes::Life),
+    /// How long a coordinator takes to lead a run again whose log is long.
+    Restart(restart::Arguments),
     /// Latency, throughput and memory of early exit at budgets: `percheron bench exits --model NAME`.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Exits(worker::Arguments),
@@ -105,6 +108,7 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Crashes(arguments) => crashes::run(&arguments)?,
         Command::CrashingLife(life) => crashes::live(&life)?,
+        Command::Restart(arguments) => restart::run(&arguments)?,
         Command::Exits(arguments) => return worker::run_tool("bench-exits", arguments),
         Command::Data(data) => run_data(&data)?,
         Command::Reader(reader) => run_reader(&reader)?,
