@@ -90,7 +90,8 @@ pub(crate) enum Command {
     /// Coordinate a run: one small process without torch (`up` starts it by itself).
     #[command(after_help = coordinator::AFTER_HELP)]
     Coordinator(coordinator::Arguments),
-    /// Run a worker: all arguments go to `percheron-worker` (`up` starts them by itself).
+    /// Run a worker: all arguments go to `percheron-worker` (`up` starts them by itself). With `--devices all`, or a
+    /// list such as cuda:0,cuda:1, runs one a device, and another in the place of one that fails.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Worker(worker::Arguments),
 }

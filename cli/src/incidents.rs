@@ -204,7 +204,13 @@ mod tests {
     fn opened(generation: u64, members: &[u64], planned: bool) -> Record {
         let members = members.iter().copied().map(member).collect();
         let reason = "a test".to_owned();
-        Record::GenerationOpened { generation: Generation(generation), members, planned, reason }
+        Record::GenerationOpened {
+            generation: Generation(generation),
+            members,
+            planned,
+            last: false,
+            reason,
+        }
     }
 
     fn formed(generation: u64, step: u64, repeated: u64) -> Record {

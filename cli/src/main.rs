@@ -6,6 +6,7 @@ mod client;
 mod command;
 mod history;
 mod incidents;
+mod node;
 mod page;
 mod print;
 mod run_dir;

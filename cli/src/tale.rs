@@ -30,10 +30,10 @@ pub(crate) fn of(record: &Record) -> String {
             format!("the exchange of generation {generation} breaks at {worker}{peer}: {reason}")
         }
         Record::Resized { workers } => format!("{workers} workers are to take part, as asked"),
-        Record::GenerationOpened { generation, members, planned, reason } => {
+        Record::GenerationOpened { generation, members, planned, reason, .. } => {
             let kind = if *planned { "as planned" } else { "at once" };
             let blocks: Vec<_> = members.iter().map(block).collect();
-            let blocks = blocks.join(", ");
+            let blocks = if blocks.is_empty() { "nobody".to_owned() } else { blocks.join(", ") };
             format!("generation {generation} is opened {kind}, because {reason}: {blocks}")
         }
         Record::GenerationFormed { generation, step, repeated, .. } => {

@@ -26,8 +26,10 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 
 pub(crate) use self::{
+    means::apply_device,
     prepare::{Request, Start, prepare},
     report::{Report, Summary, Top1},
+    rules::{FAILURES_MAX, WorkerEnd, in_words},
     supervisor::{Ending, supervise},
 };
 

@@ -82,6 +82,7 @@ fn history() -> Vec<Record> {
         generation: Generation(generation),
         members,
         planned: false,
+        last: false,
         reason: reason.to_owned(),
     };
     let formed = |generation, step, repeated| Record::GenerationFormed {

@@ -219,7 +219,9 @@ impl<'a> Auditor<'a> {
     }
 
     fn generation_opened(&self, record: &Record) -> Result<(), Contradiction> {
-        let Record::GenerationOpened { generation, members, .. } = record else { return Ok(()) };
+        let Record::GenerationOpened { generation, members, planned, .. } = record else {
+            return Ok(());
+        };
         self.goes_on(&format!("generation {generation} is opened"))?;
         let next = self.ledger.generation.next();
         self.require(*generation == next, || {
@@ -245,7 +247,9 @@ impl<'a> Auditor<'a> {
             hosted = member.block.end;
         }
         let wanted = self.planned.virtual_ranks;
-        self.require(hosted == wanted, || {
+        // Nobody hosts any when all are let go, after a generation that was formed.
+        let all_leave = members.is_empty() && *planned && self.ledger.formed;
+        self.require(hosted == wanted || all_leave, || {
             (
                 format!("generation {generation} hosts {hosted} virtual ranks"),
                 format!("all {wanted}"),

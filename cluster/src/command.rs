@@ -98,6 +98,9 @@ pub struct Group {
     pub checkpoint_at: Option<Step>,
     /// The newest step that has been evaluated.
     pub evaluated: Option<Step>,
+    /// Whether nobody stays: the members keep their state, train no more, and wait until they are let go. In the last
+    /// step of the run it means nothing.
+    pub last: bool,
 }
 
 impl Group {

@@ -35,6 +35,8 @@ pub struct Coordinator {
     checkpoint_at: Option<Step>,
     /// A step that is kept beside those of the plan: somebody asked, or it is time.
     keep_also: Option<Step>,
+    /// Whether the state that all wait for who want to leave could not be kept.
+    last_unkept: bool,
     /// Since when no checkpoint has been committed or named by the clock.
     unkept_since: Timestamp,
     finished: BTreeMap<WorkerId, String>,
@@ -163,6 +165,8 @@ impl Coordinator {
             saving: BTreeMap::new(),
             checkpoint_at: None,
             keep_also: None,
+            // What the members have kept since was said to the coordinator before.
+            last_unkept: true,
             unkept_since: now,
             finished: BTreeMap::new(),
             opened: now,
@@ -410,6 +414,7 @@ impl Coordinator {
             checkpoint: self.ledger.checkpoint_offered,
             checkpoint_at: self.checkpoint_at,
             evaluated: self.ledger.evaluated_before,
+            last: self.ledger.last,
         }
     }
 

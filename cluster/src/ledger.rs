@@ -19,8 +19,12 @@ pub struct Ledger {
     pub members: Vec<Member>,
     /// Whether the generation before it was intact when it was opened.
     pub planned: bool,
+    /// Whether nobody stays: its members only keep the state that they have formed it with.
+    pub last: bool,
     /// Whether all its members hold the same state.
     pub formed: bool,
+    /// The step that the newest formed generation went on from.
+    pub formed_from: Step,
     /// The newest generation that was formed, unless a loss has ended it: its results count.
     pub intact: Option<Generation>,
     /// The members of the intact generation: whoever holds the newest state is among them.
@@ -113,23 +117,26 @@ impl Ledger {
             Record::FingerprintFixed { fingerprint } => {
                 self.fingerprint = Some(fingerprint.clone());
             }
-            Record::GenerationOpened { generation, members, planned, .. } => {
+            Record::GenerationOpened { generation, members, planned, last, .. } => {
                 self.generation = *generation;
                 self.opened_in = self.term;
                 self.members.clone_from(members);
                 self.planned = *planned;
+                self.last = *last;
                 self.formed = false;
                 self.lost.clear();
                 self.inherited = self.canonical;
                 self.checkpoint_offered = self.checkpoints.last().copied();
                 self.evaluated_before = self.evaluated;
-                if !planned {
+                // Those that were let go together do no further step, and their state is kept.
+                if !planned || members.is_empty() {
                     self.intact = None;
                     self.intact_members.clear();
                 }
             }
-            Record::GenerationFormed { generation, repeated, .. } => {
+            Record::GenerationFormed { generation, step, repeated, .. } => {
                 self.formed = true;
+                self.formed_from = *step;
                 self.intact = Some(*generation);
                 self.intact_members.clone_from(&self.members);
                 self.repeated += repeated;

@@ -361,6 +361,8 @@ impl Participant {
         self.newest = Some(group.generation);
         if let State::Training { group: current, next, .. } = &mut self.state
             && group.planned
+            && !current.last
+        // Then it makes no step to leave after.
         {
             let generation = current.generation;
             let leads = current.rank_of(self.worker) == Some(Rank(0));

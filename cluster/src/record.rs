@@ -93,6 +93,9 @@ pub enum Record {
         members: Vec<Member>,
         /// Whether the one before was intact.
         planned: bool,
+        /// Whether nobody stays: the members keep their state, train no more, and are let go when it is kept.
+        #[serde(default)]
+        last: bool,
         /// Why.
         reason: String,
     },

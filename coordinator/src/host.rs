@@ -500,7 +500,7 @@ async fn replaced(assurance: &mut Option<Assurance>) -> StartError {
 /// The log in words, for the process's own log.
 fn tell(entry: &Entry) {
     match &entry.record {
-        Record::GenerationOpened { generation, members, planned, reason } => {
+        Record::GenerationOpened { generation, members, planned, reason, .. } => {
             let workers = members.len();
             info!(%generation, workers, planned, reason, "generation opened");
         }

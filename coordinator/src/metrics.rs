@@ -459,6 +459,7 @@ mod tests {
             generation: Generation(1),
             members: vec![member],
             planned: false,
+            last: false,
             reason: "a test".to_owned(),
         };
         observe(&metrics, 0, opened);

@@ -449,6 +449,7 @@ pub(crate) fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
         evaluated: group.evaluated.map(|step| step.0),
         secret: secret.to_vec(),
         change: None,
+        last: group.last,
     }
 }
 
@@ -474,6 +475,7 @@ pub(crate) fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
         checkpoint: group.checkpoint.map(Step),
         checkpoint_at: group.checkpoint_at.map(Step),
         evaluated: group.evaluated.map(Step),
+        last: group.last,
     })
 }
 
@@ -567,6 +569,7 @@ mod tests {
                 checkpoint: Some(Step(0)),
                 checkpoint_at: None,
                 evaluated: Some(Step(3)),
+                last: true,
             }),
             Order::CheckpointAt { generation: Generation(7), step: Step(9) },
             Order::Hold { generation: Generation(7) },

@@ -272,6 +272,7 @@ mod tests {
             checkpoint: Some(Step(4)),
             checkpoint_at: None,
             evaluated: None,
+            last: generation.is_multiple_of(3),
         }
     }
 

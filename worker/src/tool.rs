@@ -22,6 +22,7 @@ use recipe::Recipe;
 
 use crate::{
     bench::{self, exits::Output},
+    device,
     setup::{adamw, architecture},
     train::{TrainState, checkpoints},
 };
@@ -40,6 +41,8 @@ pub enum Tool {
     /// List the registered models, or show one.
     #[command(subcommand)]
     Model(models::Command),
+    /// Name the GPUs that this machine shows, a line each.
+    Devices,
     /// Measure CPU time and memory of a training step, on made images.
     #[command(bin_name = "percheron bench step")]
     BenchStep(bench::Options),
@@ -60,7 +63,11 @@ impl Tool {
             Self::BenchExits(options) => options.threads,
             Self::Eval(arguments) => arguments.threads,
             Self::Infer(arguments) => arguments.threads,
-            Self::Import(_) | Self::Export(_) | Self::Model(_) | Self::BenchCheckpoint(_) => 1,
+            Self::Import(_)
+            | Self::Export(_)
+            | Self::Model(_)
+            | Self::Devices
+            | Self::BenchCheckpoint(_) => 1,
         }
     }
 
@@ -75,6 +82,11 @@ impl Tool {
             Self::Eval(arguments) => eval::run(arguments).await,
             Self::Infer(arguments) => infer::run(arguments).await,
             Self::Model(command) => models::run(&command),
+            Self::Devices => {
+                let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+                (0..count).for_each(|number| say(&device::name(tch::Device::Cuda(number))));
+                Ok(())
+            }
             Self::BenchStep(options) => {
                 let report = bench::run(&options)?;
                 say(&if options.json { report.json() } else { report.to_string() });

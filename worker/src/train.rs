@@ -356,6 +356,13 @@ impl Training {
         let digest = self.agree(host, group, &mut peers)?;
         self.say_formed(host, generation, digest);
         self.memory.prepare(share_bytes(&self.layout, *rank, peers.size()));
+        let step = self.step();
+        if group.last && step < self.setup.plan.steps_total {
+            if step > Step(0) && group.checkpoint != Some(step) {
+                self.save_share(host, generation, (*rank, peers.size()), true);
+            }
+            return Ok(()); // The rules let it go when the state is kept.
+        }
 
         let blocks: Vec<_> = group.members.iter().map(|member| member.block.clone()).collect();
         self.steps.regroup(&blocks, *rank);
@@ -370,7 +377,7 @@ impl Training {
             let step = self.step();
             let is_last = step == self.setup.plan.steps_total;
             if host.keep.take(step) || is_last {
-                self.save_share(host, generation, (*rank, peers.size()));
+                self.save_share(host, generation, (*rank, peers.size()), is_last);
             }
             if leave {
                 host.say(Notice::LeftTogether { generation });
@@ -487,11 +494,16 @@ impl Training {
     }
 
     /// Copies this worker's share and hands it over; the store is the agent's affair.
-    fn save_share(&self, host: &Trainer, generation: Generation, place: (Rank, u32)) {
+    fn save_share(
+        &self,
+        host: &Trainer,
+        generation: Generation,
+        place: (Rank, u32),
+        indispensable: bool,
+    ) {
         host.progress.enter(StepPhase::Checkpoint);
-        let step = self.step();
-        let is_last = step == self.setup.plan.steps_total;
-        let Some(share) = share(&self.state, &self.layout, place, &self.memory, is_last) else {
+        let (step, memory) = (self.step(), &self.memory);
+        let Some(share) = share(&self.state, &self.layout, place, memory, indispensable) else {
             let reason = "the checkpoints before are still on their way to the store".to_owned();
             warn!(%generation, step = step.0, %reason, "checkpoint left out");
             return host.say(Notice::ShareSaved { generation, step, outcome: Err(reason) });

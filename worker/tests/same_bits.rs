@@ -151,6 +151,7 @@ fn form_over(virtual_ranks: u32, generation: u64, workers: &[&Worker]) -> Vec<Ar
         checkpoint: None,
         checkpoint_at: None,
         evaluated: None,
+        last: false,
     };
     let send = |(rank, worker): (u32, &&Worker)| {
         let orders = Arc::new(Orders::new().unwrap());

@@ -187,7 +187,7 @@ pub(crate) fn host_name() -> String {
 }
 
 /// Ends when the standard input is closed.
-async fn stdin_closed() {
+pub(crate) async fn stdin_closed() {
     let (closed, heard) = oneshot::channel();
     // Tokio would wait for a read that is under way; a plain thread ends with the process.
     std::thread::spawn(move || {

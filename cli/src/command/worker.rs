@@ -5,8 +5,10 @@ use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use super::train::data::for_evaluation;
-use crate::up::worker_program;
+use tracing_subscriber::EnvFilter;
+
+use super::{in_runtime, train::data::for_evaluation};
+use crate::{node, up::worker_program};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -15,8 +17,14 @@ pub(crate) struct Arguments {
     pub(super) arguments: Vec<OsString>,
 }
 
-/// `percheron worker`: a worker of a run.
+/// `percheron worker`: a worker of a run; with `--devices`, one a device.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
+    if node::is_asked_for(&arguments.arguments) {
+        let level = EnvFilter::try_from_env("PERCHERON_LOG");
+        let format = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
+        format.with_env_filter(level.unwrap_or_else(|_| EnvFilter::new("info"))).init();
+        return in_runtime(async { Ok(ExitCode::from(node::run(arguments.arguments).await?)) });
+    }
     hand_over(None, "percheron worker", arguments)
 }
 

@@ -177,6 +177,7 @@ mod tests {
             generation: Generation(1),
             members: vec![member],
             planned: false,
+            last: false,
             reason: "a test".to_owned(),
         };
         let stood_by =

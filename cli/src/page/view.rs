@@ -205,7 +205,7 @@ impl Fold {
             }
             Record::WorkerJoined { worker, name, .. } => self.lane(*worker, name, at_ms),
             Record::WorkerLost { worker, cause, .. } => self.lost(*worker, cause, at_ms),
-            Record::GenerationOpened { generation, members, planned, reason } => {
+            Record::GenerationOpened { generation, members, planned, reason, .. } => {
                 self.lanes.iter_mut().for_each(|lane| lane.end_span(at_ms));
                 for member in members {
                     if !self.lane_of.contains_key(&member.worker) {
@@ -351,7 +351,7 @@ mod tests {
         let members = members.iter().copied().map(member).collect();
         let reason = "a test".to_owned();
         let generation = Generation(generation);
-        Record::GenerationOpened { generation, members, planned: false, reason }
+        Record::GenerationOpened { generation, members, planned: false, last: false, reason }
     }
 
     fn adopted(step: u64) -> Record {

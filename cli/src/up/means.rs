@@ -20,17 +20,33 @@ impl Means {
         if let Some(transport) = &self.transport {
             command.args(["--transport", transport]);
         }
-        let turns = self.devices.len().max(1);
-        let Some(device) = self.devices.get(number as usize % turns) else { return };
-        command.args(["--device", device]);
-        let same = self.devices.iter().filter(|other| *other == device).count();
-        if same > 1 || (self.devices.len() == 1 && device.contains(':')) {
-            // NCCL takes two ranks on one GPU for a mistake, unless they seem to be on two hosts. The workers
-            // of one `up` share a host, so all traffic may take its loopback interface.
-            command.env("NCCL_HOSTID", format!("percheron-worker-{number}"));
-            command.env("NCCL_SOCKET_IFNAME", "lo");
+        apply_device(&self.devices, number, command);
+        let only =
+            self.devices.len() == 1 && self.devices.iter().any(|device| device.contains(':'));
+        if only || is_shared(&self.devices, number) {
+            // The workers of one `up` share a host, so all traffic may take its loopback interface.
+            command.env("NCCL_HOSTID", host_id(number)).env("NCCL_SOCKET_IFNAME", "lo");
         }
     }
+}
+
+/// Gives worker `number` of this machine its device, of which they take theirs in turn.
+pub(crate) fn apply_device(devices: &[String], number: u32, command: &mut Command) {
+    let Some(device) = devices.get(number as usize % devices.len().max(1)) else { return };
+    command.args(["--device", device]);
+    if is_shared(devices, number) {
+        // NCCL takes two ranks on one GPU for a mistake, unless they seem to be on two hosts.
+        command.env("NCCL_HOSTID", host_id(number));
+    }
+}
+
+fn is_shared(devices: &[String], number: u32) -> bool {
+    let device = devices.get(number as usize % devices.len().max(1));
+    devices.iter().filter(|&other| Some(other) == device).count() > 1
+}
+
+fn host_id(number: u32) -> String {
+    format!("percheron-worker-{number}")
 }
 
 #[cfg(test)]

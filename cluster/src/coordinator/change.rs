@@ -7,8 +7,8 @@ use std::{
 
 use super::{Coordinator, Formed, Phase};
 use crate::{
-    Generation, Member, Order, Progress, Rank, Record, StepPhase, Timestamp, Worker, WorkerId,
-    blocks::balanced_blocks,
+    Generation, Member, Order, Progress, Rank, Record, Step, StepPhase, Timestamp, Worker,
+    WorkerId, blocks::balanced_blocks,
 };
 
 impl Coordinator {
@@ -86,13 +86,10 @@ impl Coordinator {
 
     /// A worker is to leave without loss: with the next planned change, or at once if it has no part.
     ///
-    /// If nobody stays, the state is kept soon: those who asked will not be waited for long.
+    /// If nobody stays, training ends after the step in flight, the state is kept, and then all may go.
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };
-        let is_news = !std::mem::replace(&mut known.draining, true);
-        if is_news && self.workers.iter().all(|(_, known)| known.draining) {
-            self.keep_soon();
-        }
+        known.draining = true;
         self.unsettled = true;
         if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));
@@ -386,6 +383,15 @@ impl Coordinator {
             }
             Phase::Training { suspicion: None } if self.unsettled => {
                 self.unsettled = false;
+                if self.all_may_go() {
+                    return self.let_all_go(now);
+                }
+                if self.must_close() {
+                    return self.open_generation(now, true, "all leave");
+                }
+                if self.must_reopen() {
+                    return self.open_generation(now, true, "not all leave");
+                }
                 let wanted: BTreeSet<_> = self.next_members(true).into_iter().collect();
                 let members: BTreeSet<_> = self.member_ids().into_iter().collect();
                 let joining = wanted.difference(&members).next();
@@ -398,6 +404,52 @@ impl Coordinator {
                 self.open_generation(now, true, &reason);
             }
             Phase::Training { .. } | Phase::Forming { .. } | Phase::Ended => {}
+        }
+    }
+
+    fn nobody_stays(&self) -> bool {
+        self.workers.iter().all(|(_, known)| known.draining)
+    }
+
+    /// Whether the next generation is the last for its members. The end of the run they see out.
+    fn is_last(&self) -> bool {
+        self.nobody_stays() && self.ledger.canonical < self.config.steps_total
+    }
+
+    /// Whether the members of a last generation are still to be told that it is one, or once more.
+    fn must_close(&self) -> bool {
+        self.is_last() && (!self.ledger.last || self.last_unkept)
+    }
+
+    /// Whether the members of a last generation wait to be let go, and are not meant to leave any more.
+    fn must_reopen(&self) -> bool {
+        self.ledger.last && self.ledger.canonical < self.config.steps_total && !self.nobody_stays()
+    }
+
+    /// Whether the state is kept that the members of a last generation wait for.
+    fn all_may_go(&self) -> bool {
+        let from = self.ledger.formed_from;
+        let is_kept = from == Step(0) || self.ledger.checkpoints.binary_search(&from).is_ok();
+        self.ledger.last && is_kept && self.is_last()
+    }
+
+    /// Opens a generation that nobody belongs to.
+    fn let_all_go(&mut self, now: Timestamp) {
+        let before = self.member_ids();
+        self.finished.clear();
+        self.opened = now;
+        self.turned = false;
+        self.record(Record::GenerationOpened {
+            generation: self.ledger.generation.next(),
+            members: Vec::new(),
+            planned: true,
+            last: true,
+            reason: "all leave, and their state is kept".to_owned(),
+        });
+        self.phase = Phase::Gathering { since: now };
+        let group = self.group();
+        for worker in before {
+            self.send(worker, Order::Form(group.clone()));
         }
     }
 
@@ -496,7 +548,9 @@ impl Coordinator {
         self.stopped.clear();
         self.opened = now;
         self.turned = !planned;
-        self.record(Record::GenerationOpened { generation, members, planned, reason });
+        let last = self.is_last();
+        self.last_unkept = false;
+        self.record(Record::GenerationOpened { generation, members, planned, last, reason });
         let deadline = (!planned).then(|| now + self.form_allowance());
         self.phase = Phase::Forming { formed: BTreeMap::new(), blamed: BTreeMap::new(), deadline };
         let let_go: Vec<_> =

@@ -133,6 +133,7 @@ impl Coordinator {
         }
         self.record(Record::CheckpointCommitted { step });
         self.unkept_since = now;
+        self.unsettled |= self.ledger.last;
         self.saving.remove(&step);
         self.abandon(|older, _| older < step, "a newer one was complete first");
         self.finish_if_complete(now);
@@ -147,6 +148,9 @@ impl Coordinator {
     pub(super) fn checkpoint_failed(&mut self, step: Step, reason: &str) {
         self.saving.remove(&step);
         self.record(Record::CheckpointAbandoned { step, reason: reason.to_owned() });
+        if self.ledger.last && step == self.ledger.formed_from {
+            (self.last_unkept, self.unsettled) = (true, true);
+        }
         if step == self.config.steps_total {
             self.fail(&format!("the final checkpoint could not be written: {reason}"));
         }

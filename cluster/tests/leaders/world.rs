@@ -533,6 +533,7 @@ impl World {
             checkpoint: None,
             checkpoint_at: None,
             evaluated: None,
+            last: false,
         };
         let notice = Notice::Ordered { term, order: Order::Form(group) };
         for action in self.workers[worker].handle(notice) {

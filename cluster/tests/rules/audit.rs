@@ -65,6 +65,7 @@ fn history() -> Vec<Record> {
     table.form(D, 40); // From the checkpoint: ten steps are computed again.
     apply_all(&mut table, 41..=80);
     table.say(D, leaving());
+    table.form(D, 80);
     table.join(WorkerId(0xE));
     table.all_form(&[D, WorkerId(0xE)], 80);
     table.all_form(&[WorkerId(0xE)], 80);

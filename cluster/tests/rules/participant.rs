@@ -22,6 +22,7 @@ fn group(generation: u64, members: &[WorkerId], planned: bool) -> Group {
         checkpoint: None,
         checkpoint_at: None,
         evaluated: None,
+        last: false,
     }
 }
 
@@ -206,4 +207,29 @@ fn a_refused_worker_stops_its_trainer_and_says_nothing_more() {
     assert_eq!(actions, [abort, Action::Exit(Exit::Refused(reason))]);
     let torn_down = Notice::Failed { reason: "aborted".to_owned() };
     assert_eq!(participant.handle(torn_down), [], "it must not fail the run of the others");
+}
+
+#[test]
+fn who_waits_in_a_last_generation_turns_to_the_next_at_once_and_leaves_if_it_has_no_place_there() {
+    let last = Group { last: true, ..group(2, &[A, B], true) };
+    let waiting = || {
+        let mut participant = Participant::new(A);
+        participant.handle(form(&last));
+        let state = || Notice::Formed {
+            generation: Generation(2),
+            step: Step(4),
+            digest: "d".to_owned(),
+            begun: Step(4),
+            stopped_at: None,
+            metrics: None,
+        };
+        assert!(matches!(&participant.handle(state())[..], [Action::Report(_)]));
+        participant
+    };
+    let abort = Action::Abort { generation: Generation(2) };
+    let next = group(3, &[A, C], true);
+    let joined = Action::Form { group: next.clone(), rank: Rank(0) };
+    assert_eq!(waiting().handle(form(&next)), [abort.clone(), joined]);
+    let nobody = Group { last: true, ..group(3, &[], true) };
+    assert_eq!(waiting().handle(form(&nobody)), [abort, Action::Exit(Exit::Released)]);
 }

@@ -113,26 +113,117 @@ fn a_checkpoint_on_demand_is_a_step_soon_to_come_and_the_plan_goes_on_after_it()
     assert_eq!(commits(&table.say(A, share(Generation(1), named.0, &[0, 1, 2, 3]))), [named]);
 }
 
+/// A run of two that cannot go on with one: so they leave together.
+fn inseparable() -> Table {
+    Table::training_under(RunConfig { workers_min: 2, ..config(2) }, &[A, B])
+}
+
+/// All of a run are asked to leave and come together for the last time, after step 12.
+fn all_leave(table: &mut Table) -> Vec<Command> {
+    table.apply(10);
+    assert!(forms(&table.drain(A)).is_empty(), "it waits for another");
+    let last = &forms(&table.drain(B))[&A];
+    assert!(last.last && last.planned, "they leave after the step in flight, and train no more");
+    assert_eq!(last.members.len(), 2);
+    table.apply(11);
+    table.form(A, 12);
+    table.form(B, 12)
+}
+
+fn keep(table: &mut Table, step: u64) -> Vec<Command> {
+    let generation = table.generation();
+    assert_eq!(commits(&table.say(A, share(generation, step, &[0, 1, 2, 3]))), [Step(step)]);
+    table.handle(Event::CheckpointCommitted { step: Step(step) })
+}
+
 #[test]
-fn when_all_are_asked_to_leave_the_state_is_kept_soon() {
-    let mut table = Table::training(&[A, B]);
+fn when_nobody_stays_the_state_is_kept_and_then_all_may_go_and_no_step_is_lost() {
+    let mut table = inseparable();
+    assert!(forms(&all_leave(&mut table)).is_empty(), "their state is not kept yet");
+    let told = forms(&keep(&mut table, 12));
+    assert_eq!(told.keys().copied().collect::<Vec<_>>(), [A, B]);
+    assert!(told[&A].members.is_empty(), "nobody belongs to the next");
+    assert_eq!(
+        table.pass_ms(1_000, &[A, B]),
+        [],
+        "nobody waits for those who are on their way out"
+    );
+    table.close(A);
+    table.close(B);
+    assert_eq!(table.coordinator.workers().iter().count(), 0);
+    let mut table = table.restart();
+    table.join(C);
+    assert!(table.members().is_empty(), "one is not enough");
+    table.join(D);
+    assert_eq!(table.members(), [C, D]);
+    table.all_form(&[C, D], 12);
+    assert_eq!(table.coordinator.ledger().repeated, 0);
+}
+
+#[test]
+fn who_comes_before_the_last_has_gone_gets_the_state_and_trains() {
+    let mut table = inseparable();
+    all_leave(&mut table);
+    let told = forms(&table.join(C));
+    assert_eq!(told[&C].members.len(), 3, "those who are still there hand it over");
+    assert!(told[&A].planned && !told[&A].last);
+    table.all_form(&[A, B, C], 12);
+    table.join(D);
+    table.all_form(&[A, B, C, D], 13);
+    assert_eq!(table.members(), [C, D], "and then go");
+
+    let mut table = inseparable();
+    all_leave(&mut table);
+    keep(&mut table, 12);
+    table.close(A);
+    table.join(C);
+    assert_eq!(table.members(), [], "who has been let go is not asked again");
+    table.join(D);
+    assert_eq!(table.members(), [C, D]);
+}
+
+#[test]
+fn a_last_state_that_cannot_be_kept_is_tried_again_and_nobody_goes() {
+    let mut table = inseparable();
+    all_leave(&mut table);
+    let generation = table.generation();
+    table.say(A, share(generation, 12, &[0, 1, 2, 3]));
+    let reason = "the store is full".to_owned();
+    let told = forms(&table.handle(Event::CheckpointFailed { step: Step(12), reason }));
+    assert!(told[&A].last && told[&A].members.len() == 2, "once more");
+    table.all_form(&[A, B], 12);
+    assert!(forms(&keep(&mut table, 12))[&B].members.is_empty());
+}
+
+#[test]
+fn a_last_generation_that_loses_a_member_waits_if_too_few_are_left() {
+    let mut table = inseparable();
+    all_leave(&mut table);
+    table.exit(B);
+    let told = forms(&table.join(C));
+    assert!(
+        !told[&A].last && told[&A].members.len() == 2,
+        "until another comes it waits with the state"
+    );
+}
+
+#[test]
+fn a_last_generation_that_loses_a_member_is_formed_again_and_ends_as_well() {
+    let mut table = Table::training(&[A]);
     table.apply(10);
-    let told = |commands: &[Command]| {
-        let named = |order: &Order| {
-            if let Order::CheckpointAt { step, .. } = order { Some(*step) } else { None }
-        };
-        said_to(commands, A).iter().find_map(named)
-    };
-    assert_eq!(told(&table.say(A, leaving())), None, "another stays, and holds the state");
-    assert_eq!(table.coordinator.next_kept(), Some(Step(40)), "as planned");
-    let mut table = Table::training(&[A, B]);
-    table.apply(10);
+    assert!(forms(&table.drain(A))[&A].last);
+    table.say(A, lost(Generation(1), None));
+    table.pass_ms(600, &[A]);
+    assert!(table.coordinator.ledger().last, "unplanned, but the last again");
+    table.form(A, 10);
+    assert!(forms(&keep(&mut table, 10))[&A].members.is_empty());
+}
+
+#[test]
+fn the_end_of_a_run_is_seen_out_by_those_who_want_to_leave() {
+    let mut table = at_the_end();
     table.drain(A);
-    let commands = table.drain(B);
-    let named = table.coordinator.next_kept().expect("steps are left");
-    assert!(named > Step(11) && named < Step(40), "step {named} is kept");
-    assert!(told(&commands).is_none_or(|told| told == named), "{commands:?}");
-    assert_eq!(table.drain(B), [], "it is named once");
+    assert!(forms(&table.drain(B)).is_empty());
 }
 
 #[test]

@@ -339,11 +339,12 @@ impl World {
             (Tamper::OpensAfterTheEnd, Record::RunFinished { .. }) => {
                 let ledger = &self.watch.durable;
                 let (generation, members) = (ledger.generation.next(), ledger.members.clone());
-                let (planned, reason) = (false, "it goes on".to_owned());
+                let (planned, last, reason) = (false, false, "it goes on".to_owned());
                 self.watch_record(&Record::GenerationOpened {
                     generation,
                     members,
                     planned,
+                    last,
                     reason,
                 });
             }
@@ -365,10 +366,10 @@ impl World {
             }
             (
                 Tamper::SkipsAGeneration,
-                Record::GenerationOpened { generation, members, planned, reason },
+                Record::GenerationOpened { generation, members, planned, last, reason },
             ) => {
                 let generation = generation.next();
-                Record::GenerationOpened { generation, members, planned, reason }
+                Record::GenerationOpened { generation, members, planned, last, reason }
             }
             (_, record) => record,
         }

@@ -274,6 +274,13 @@ impl World {
         if group.checkpoint_at == Some(state.step) {
             self.upload(worker);
         }
+        if group.last && state.step < self.plan.config.steps_total {
+            if state.step > Step(0) && group.checkpoint != Some(state.step) {
+                self.upload(worker);
+            }
+            self.trainer(worker).turn_to(Doing::Idle);
+            return;
+        }
         let is_due = self.plan.config.evaluates_at(state.step);
         if is_due && group.evaluated < Some(state.step) {
             self.evaluate(worker);

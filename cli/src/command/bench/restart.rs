@@ -159,6 +159,7 @@ fn history(steps: u64) -> Result<Vec<Record>> {
         generation,
         members,
         planned: true,
+        last: false,
         reason: "all are here".to_owned(),
     });
     records.push(Record::GenerationFormed {

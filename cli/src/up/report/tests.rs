@@ -19,6 +19,7 @@ fn opened(generation: u64, numbers: &[u64], planned: bool) -> Record {
         generation: Generation(generation),
         members: members(numbers),
         planned,
+        last: false,
         reason: String::new(),
     }
 }
