@@ -7,11 +7,13 @@ mod checkpoint;
 mod checkpoints;
 pub(crate) mod coordinator;
 mod explain;
+mod guard;
 mod incidents;
 mod log;
 mod recipe;
 mod shards;
 mod simulate;
+mod slurm;
 mod status;
 mod train;
 mod up;
@@ -81,6 +83,12 @@ pub(crate) enum Command {
     /// Run a worker: all arguments go to `percheron-worker` (`up` starts them by itself).
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Worker(worker::Arguments),
+    /// Train on a Slurm cluster.
+    #[command(subcommand)]
+    Slurm(slurm::Command),
+    /// Run a worker on a machine that may be taken away, and say whether to start it again.
+    #[command(after_help = guard::AFTER_HELP)]
+    Guard(guard::Arguments),
 }
 
 impl Command {
@@ -108,6 +116,8 @@ impl Command {
             Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),
             Self::Worker(arguments) => worker::run(arguments),
+            Self::Slurm(command) => in_runtime(slurm::run(command)),
+            Self::Guard(arguments) => in_runtime(guard::run(arguments)),
         }
     }
 }

@@ -4,11 +4,13 @@
 
 mod client;
 mod command;
+mod guard;
 mod history;
 mod incidents;
 mod print;
 mod run_dir;
 mod shared;
+mod slurm;
 mod tale;
 mod up;
 
