@@ -27,6 +27,12 @@ pub struct Retention {
 }
 
 impl Retention {
+    /// So many good ones are there before any is deleted.
+    #[must_use]
+    pub fn good_min(&self) -> usize {
+        self.newest.max(KEPT_MIN)
+    }
+
     /// The steps to delete, oldest first.
     ///
     /// `verified` are the steps whose checkpoints are known to be good: only they count, and only they
@@ -38,7 +44,7 @@ impl Retention {
         steps.sort_unstable();
         steps.dedup();
         let best = if self.best { best_of(&steps, evaluations) } else { BTreeSet::new() };
-        steps.truncate(steps.len().saturating_sub(self.newest.max(KEPT_MIN)));
+        steps.truncate(steps.len().saturating_sub(self.good_min()));
         steps.retain(|step| self.every_steps == 0 || !step.0.is_multiple_of(self.every_steps));
         steps.retain(|step| !best.contains(step));
         steps

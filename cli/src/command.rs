@@ -6,10 +6,12 @@ mod change;
 mod checkpoint;
 mod checkpoints;
 pub(crate) mod coordinator;
+mod curves;
 mod explain;
 mod guard;
 mod incidents;
 mod log;
+mod page;
 mod recipe;
 mod shards;
 mod simulate;
@@ -39,8 +41,13 @@ pub(crate) enum Command {
     Audit(audit::Arguments),
     /// Show the event log of a run.
     Log(log::Arguments),
+    /// Write how a run has learnt: TensorBoard's events, log.jsonl and a picture, into its folder.
+    Curves(curves::Arguments),
     /// Show what disturbed a run, who noticed, and what it cost.
     Incidents(incidents::Arguments),
+    /// Show a run in the browser: live, or as it was at any record of its log.
+    #[command(visible_alias = "replay")]
+    Page(page::Arguments),
     /// Have a run that is on keep its state now, and wait until it is in the store.
     Checkpoint(checkpoint::Arguments),
     /// List, verify and delete the checkpoints of a run.
@@ -50,6 +57,8 @@ pub(crate) enum Command {
     Drain(change::Drain),
     /// Let more or fewer workers take part in a run that is on.
     Resize(change::Resize),
+    /// Let workers of a machine in again that was marked as faulty.
+    Readmit(change::Readmit),
     /// Predict how a run gets on while machines fail, with the real rules in virtual time.
     #[command(after_help = simulate::AFTER_HELP)]
     Simulate(simulate::Arguments),
@@ -71,6 +80,9 @@ pub(crate) enum Command {
     /// Evaluate a checkpoint: every exit, every class, and dynamic inference at 33 budgets.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Eval(worker::Arguments),
+    /// Tell what images show: five classes each, with early exit at a budget.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Infer(worker::Arguments),
     /// List the registered models, or show one: parameters, multiply–accumulates, stages, channels.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Model(worker::Arguments),
@@ -100,18 +112,22 @@ impl Command {
             Self::Status(arguments) => in_runtime(status::run(arguments)),
             Self::Audit(arguments) => in_runtime(audit::run(arguments)),
             Self::Log(arguments) => in_runtime(log::run(arguments)),
+            Self::Curves(arguments) => in_runtime(curves::run(arguments)),
             Self::Incidents(arguments) => in_runtime(incidents::run(arguments)),
+            Self::Page(arguments) => in_runtime(page::run(arguments)),
             Self::Checkpoint(arguments) => in_runtime(checkpoint::run(arguments)),
             Self::Checkpoints(command) => in_runtime(checkpoints::run(command)),
             Self::Drain(arguments) => in_runtime(change::drain(arguments)),
             Self::Resize(arguments) => in_runtime(change::resize(arguments)),
+            Self::Readmit(arguments) => in_runtime(change::readmit(arguments)),
             Self::Simulate(arguments) => simulate::run(&arguments),
             Self::Explain(command) => explain::run(command),
             Self::Shards(command) => shards::run(command),
             Self::Recipe(command) => recipe::run(command),
             Self::Import(arguments) => worker::run_tool("import", arguments),
             Self::Export(arguments) => worker::run_tool("export", arguments),
-            Self::Eval(arguments) => worker::run_tool("eval", arguments),
+            Self::Eval(arguments) => worker::run_eval(arguments),
+            Self::Infer(arguments) => worker::run_tool("infer", arguments),
             Self::Model(arguments) => worker::run_tool("model", arguments),
             Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

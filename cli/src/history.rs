@@ -168,7 +168,11 @@ async fn ask(dir: &RunDir, from: u64) -> Result<Option<History>> {
         match message.kind {
             Some(Kind::Entry(entry)) => entries.push(client::entry(&entry)?),
             Some(Kind::Liveness(liveness)) => {
-                return Ok(Some(History { entries, coordinator: Some(address), liveness }));
+                return Ok(Some(History {
+                    entries,
+                    coordinator: Some(client.address().to_owned()),
+                    liveness,
+                }));
             }
             None => {}
         }

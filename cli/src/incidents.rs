@@ -64,9 +64,8 @@ impl Fold {
                 let what = format!("a new coordinator took the lead (term {term})");
                 self.tell(entry, what, "the supervisor of the coordinator", generation);
             }
-            Record::WorkerLost { worker, name, cause } => {
-                let is_member = self.ledger.members.iter().any(|member| member.worker == *worker);
-                if is_member && self.ledger.outcome.is_none() {
+            Record::WorkerLost { name, cause, .. } => {
+                if self.ledger.is_disturbed_by(&entry.record) {
                     let what = format!("{name} was lost: {cause}");
                     self.tell(entry, what, noticed_by(cause), self.ledger.generation.next());
                 }
@@ -101,6 +100,12 @@ impl Fold {
             }
             Record::WorkerRefused { name, reason, .. } => {
                 self.aside(entry, format!("{name} was refused: {reason}"), "the coordinator");
+            }
+            Record::NodeMarked { node, name, reason } => {
+                self.aside(entry, format!("machine {node} was marked as faulty: {reason}"), name);
+            }
+            Record::NodeReadmitted { node } => {
+                self.aside(entry, format!("machine {node} was readmitted"), "an operator");
             }
             Record::RunFailed { reason } => {
                 let over_from = self.ledger.generation.next();

@@ -7,6 +7,7 @@ mod command;
 mod guard;
 mod history;
 mod incidents;
+mod page;
 mod print;
 mod run_dir;
 mod shared;

@@ -7,7 +7,7 @@
 //! DIR/log                  the event log
 //! DIR/checkpoints/…        the states kept
 //! DIR/logs/*.log           what coordinator and workers write
-//! DIR/coordinator.address  where the coordinator listens, while there is one
+//! DIR/coordinator.address  where the coordinator listens, while there is one; -1 and so on those that stand by
 //! ```
 
 use std::{
@@ -28,6 +28,14 @@ const TOKEN: &str = "token";
 const LOGS: &str = "logs";
 /// What a start that was cut short may leave; a folder with nothing else can be taken.
 const LEFT_BY_A_START: [&str; 3] = [RUN, TOKEN, LOGS];
+
+/// More coordinators than that would wait for nothing.
+pub(crate) const STANDBYS_MAX: u32 = 8;
+
+/// What coordinator `seat` of a run is called, in its folder.
+pub(crate) fn coordinator_name(seat: u32) -> String {
+    if seat == 0 { "coordinator".to_owned() } else { format!("coordinator-{seat}") }
+}
 
 /// A folder that is, or can become, the folder of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,7 +100,12 @@ impl RunDir {
     }
 
     pub(crate) fn address(&self) -> PathBuf {
-        self.root.join("coordinator.address")
+        self.address_of(0)
+    }
+
+    /// Where coordinator `seat` says where it listens.
+    pub(crate) fn address_of(&self, seat: u32) -> PathBuf {
+        self.root.join(format!("{}.address", coordinator_name(seat)))
     }
 
     /// The log of the process called `name`.
@@ -164,9 +177,11 @@ impl RunDir {
         Ok(token.trim().to_owned())
     }
 
-    /// Where the coordinator listens, or listened last.
+    /// Where the coordinator listens, or listened last; with those that stand by, separated by commas.
     pub(crate) fn read_address(&self) -> Option<String> {
-        fs::read_to_string(self.address()).ok().filter(|address| !address.is_empty())
+        let address = |seat| fs::read_to_string(self.address_of(seat)).ok();
+        let addresses: Vec<_> = (0..=STANDBYS_MAX).filter_map(address).collect();
+        Some(addresses.join(",")).filter(|addresses| !addresses.is_empty())
     }
 
     /// Makes the folder if it is not there, and takes it.

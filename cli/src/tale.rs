@@ -17,6 +17,12 @@ pub(crate) fn of(record: &Record) -> String {
         }
         Record::WorkerJoined { name, address, .. } => format!("{name} joins at {address}"),
         Record::WorkerRefused { name, reason, .. } => format!("{name} is refused: {reason}"),
+        Record::NodeMarked { node, name, reason } => {
+            format!("machine {node} is faulty, as {name} says: {reason}")
+        }
+        Record::NodeReadmitted { node } => {
+            format!("machine {node} is whole again, as somebody says")
+        }
         Record::WorkerLost { name, cause, .. } => format!("{name} is lost: {cause}"),
         Record::ExchangeLost { worker, generation, peer, reason, .. } => {
             let peer = peer.as_ref().map(|peer| format!(", which blames {peer}"));

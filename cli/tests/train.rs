@@ -107,6 +107,9 @@ fn the_four_published_command_lines_run_word_for_word() {
             assert!(line[field].is_number(), "{field} in {line}");
         }
         assert!(line["n_parameters"].as_u64().unwrap() > 1_000_000);
+        assert!(fs::read_to_string(out.join("curves.svg")).unwrap().contains("<polyline"));
+        let mut events = fs::read_dir(out.join("tensorboard")).unwrap();
+        assert!(events.next().unwrap().unwrap().metadata().unwrap().len() > 200);
     }
 
     let (run, out) = (folder.path().join("regnet"), folder.path().join("evaluated"));
@@ -131,6 +134,39 @@ fn the_four_published_command_lines_run_word_for_word() {
     for picture in ["dynamic.svg", "confusion.svg"] {
         assert!(fs::read_to_string(out.join(picture)).unwrap().starts_with("<svg"));
     }
+}
+
+#[test]
+fn a_run_begins_from_a_file_of_weights_with_other_classes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (first, weights, second) = (path("first"), path("weights.pth"), path("second"));
+    let model =
+        "--model reg400m_perceiver_t32 --depth_factor 1 1 1 1 --data_path builtin:digits --aa None";
+    let train = |out: &str, more: &str| {
+        let line = format!("train {model} --output_dir {out} {more}");
+        let words: Vec<&str> = line.split_whitespace().chain(SMALL).collect();
+        let output = percheron(&words);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    train(&first, "--nb_classes 12");
+    let export = ["export", "--checkpoint", &first, "--format", "pth", "--out", &weights];
+    assert!(percheron(&export).status.success());
+    let said = train(&second, &format!("--finetune {weights}"));
+    assert!(said.contains("note: --finetune: tensors of other names stay random"), "{said}");
+    let logs = fs::read_dir(Path::new(&second).join("logs")).unwrap();
+    let logs = logs.map(|log| fs::read_to_string(log.unwrap().path()).unwrap_or_default());
+    let begun = logs.collect::<String>();
+    assert!(begun.contains("the run begins from a file of weights"), "{begun}");
+    assert!(begun.contains("early_classifier3.weight"), "fresh: {begun}");
+    let recipe = fs::read_to_string(Path::new(&second).join("recipe.toml")).unwrap();
+    assert!(recipe.contains("[finetune]") && recipe.contains("state_dict_ema"), "{recipe}");
+
+    let words: Vec<&str> = model.split_whitespace().collect();
+    let missing = refused(&[&["train"], &words[..], &["--finetune", "nowhere.pth"]].concat());
+    assert!(missing.contains("--finetune nowhere.pth"), "{missing}");
 }
 
 #[test]

@@ -177,9 +177,16 @@ impl<'a> Auditor<'a> {
                 self.awaiting.remove(step);
                 Ok(())
             }
-            Record::RunCreated { .. } | Record::WorkerRefused { .. } | Record::Resized { .. } => {
-                Ok(())
+            Record::NodeReadmitted { node } => {
+                let is_marked = self.ledger.faulty.contains_key(node);
+                self.require(is_marked, || {
+                    (format!("machine {node} is whole again"), "a machine marked before".to_owned())
+                })
             }
+            Record::RunCreated { .. }
+            | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::Resized { .. } => Ok(()),
         }
     }
 
@@ -432,6 +439,8 @@ fn name(record: &Record) -> &'static str {
         Record::WorkerRefused { .. } => "a worker is refused",
         Record::WorkerLost { .. } => "a worker is lost",
         Record::ExchangeLost { .. } => "an exchange breaks",
+        Record::NodeMarked { .. } => "a machine is marked as faulty",
+        Record::NodeReadmitted { .. } => "a machine is readmitted",
         Record::Resized { .. } => "the run is resized",
         Record::GenerationOpened { .. } => "a generation is opened",
         Record::GenerationFormed { .. } => "a generation forms",

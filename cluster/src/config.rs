@@ -197,7 +197,7 @@ impl Timeouts {
             max_recovery,
             heartbeat: max_recovery / 40,
             suspicion: max_recovery / 20,
-            lease: max_recovery / 4,
+            lease: max_recovery / 5,
             form: max_recovery / 2,
             gather: (max_recovery * 6).max(Duration::from_secs(30)),
         })

@@ -204,6 +204,7 @@ impl Coordinator {
             Event::ProcessExited { worker, how } => self.workers_lost(now, &[worker], &how),
             Event::DrainRequested { worker } => self.drain(worker),
             Event::ResizeRequested { workers } => self.resize(workers),
+            Event::NodeReadmitted { node } => self.readmit(node),
             Event::CheckpointRequested => self.keep_soon(),
             Event::CheckpointCommitted { step } => self.checkpoint_committed(now, step),
             Event::CheckpointFailed { step, reason } => self.commit_failed(step, &reason),
@@ -272,6 +273,14 @@ impl Coordinator {
         if let Some(mismatch) = run.and_then(|run| run.admits(&hello.fingerprint).err()) {
             return self.refuse(worker, &hello.name, &mismatch.to_string());
         }
+        let fault = self.ledger.faulty.get(&hello.node);
+        if let Some(fault) = fault.filter(|_| self.workers.find(worker).is_none()) {
+            let node = &hello.node;
+            let reason = format!(
+                "machine {node} is marked as faulty ({fault}): repair it, then say `percheron readmit RUN_DIR {node}`"
+            );
+            return self.refuse(worker, &hello.name, &reason);
+        }
         if let Some(outcome) = self.ledger.outcome.clone() {
             self.send(worker, Order::Welcome { term: self.ledger.term });
             return self.tell_outcome(worker, &outcome);
@@ -285,6 +294,9 @@ impl Coordinator {
             Some(known) => {
                 known.session = true;
                 known.heard = now;
+                known.node.clone_from(&hello.node);
+                self.unsettled |= known.preparing && !hello.preparing;
+                known.preparing &= hello.preparing;
                 self.catch_up(worker, hello);
             }
             None => {
@@ -332,6 +344,10 @@ impl Coordinator {
                 self.pace.beat(&self.config.timeouts, worker, progress);
                 self.heard_progress(now, worker, progress);
             }
+            Report::Ready => {
+                known.preparing = false;
+                self.unsettled = true;
+            }
             Report::Formed { generation, step, digest, begun, stopped_at, metrics } => {
                 let said = Formed { step, digest, begun, stopped_at, metrics };
                 self.formed(now, worker, generation, said);
@@ -375,6 +391,7 @@ impl Coordinator {
                 }
             }
             Report::Leaving { .. } => self.drain(worker),
+            Report::NodeFaulty { reason } => self.node_faulty(now, worker, reason),
             Report::Failed { reason } => {
                 let name = self.name(worker);
                 self.fail(&format!("{name}: {reason}"));
@@ -450,6 +467,8 @@ fn concerns_membership(record: &Record) -> bool {
         Record::FingerprintFixed { .. }
         | Record::WorkerRefused { .. }
         | Record::ExchangeLost { .. }
+        | Record::NodeMarked { .. }
+        | Record::NodeReadmitted { .. }
         | Record::StepAdopted { .. }
         | Record::Evaluated { .. }
         | Record::CheckpointCommitted { .. }

@@ -45,6 +45,11 @@ pub enum Event {
         /// How many; more stand by.
         workers: u32,
     },
+    /// An operator says that a machine that was marked as faulty is whole again.
+    NodeReadmitted {
+        /// Its name.
+        node: String,
+    },
     /// An operator wants the state to be kept soon.
     CheckpointRequested,
     /// The manifest of a checkpoint is in the store and was read back.
@@ -70,12 +75,16 @@ pub struct Hello {
     pub name: String,
     /// Where its peers reach it, `host:port`.
     pub address: String,
+    /// The machine it runs on; empty if it does not say.
+    pub node: String,
     /// What can change its bits.
     pub fingerprint: Fingerprint,
     /// The newest generation it was ordered into, if any.
     pub generation: Option<Generation>,
     /// The step its state is at, if it holds one.
     pub applied: Option<Step>,
+    /// Whether its trainer is still being made, so that it cannot form a generation yet.
+    pub preparing: bool,
 }
 
 /// What a worker tells the coordinator.
@@ -83,6 +92,8 @@ pub struct Hello {
 pub enum Report {
     /// I am alive, and this is how far I am.
     Heartbeat(Progress),
+    /// My trainer is there: from now on I can form a generation.
+    Ready,
     /// The generation stands and its members hold the same state.
     Formed {
         /// Which.
@@ -176,6 +187,11 @@ pub enum Report {
     /// This worker wants to leave without loss (it was told to stop).
     Leaving {
         /// Why.
+        reason: String,
+    },
+    /// This worker's machine is broken: what it computes from now on is not to be trusted.
+    NodeFaulty {
+        /// What was seen.
         reason: String,
     },
     /// This worker cannot go on, and neither could another in its place.
@@ -282,6 +298,11 @@ pub struct ExitScores {
     pub top1: [f64; 4],
     /// Mean loss over the samples (hard labels, without self-distillation).
     pub loss: f64,
+}
+
+impl ExitScores {
+    /// Names of the exits, in their order everywhere.
+    pub const EXITS: [&str; 4] = ["early3", "att", "cnn", "merge"];
 }
 
 /// One worker's share of a checkpoint.

@@ -2,6 +2,8 @@
 //!
 //! **Invariant**: the ledger changes only by [`Ledger::apply`], so replaying the log rebuilds it.
 
+use std::collections::BTreeMap;
+
 use crate::{Evaluation, Fingerprint, Generation, Member, Record, Step, Term, WorkerId};
 
 /// The durable part of the coordinator's state.
@@ -43,6 +45,8 @@ pub struct Ledger {
     pub evaluated_before: Option<Step>,
     /// How many workers are to take part, if an operator has said so.
     pub workers_wanted: Option<u32>,
+    /// Machines that no worker is let in from, and what was seen there.
+    pub faulty: BTreeMap<String, String>,
     /// What all workers must agree on.
     pub fingerprint: Option<Fingerprint>,
     /// How the run ended.
@@ -71,6 +75,35 @@ impl Ledger {
     #[must_use]
     pub fn holds_state(&self, worker: WorkerId) -> bool {
         self.intact_members.iter().any(|member| member.worker == worker)
+    }
+
+    /// Whether a record, which is the next, tells that training cannot go on as it did: a member is lost, an exchange
+    /// broke, or the generation before was given up. The first generation disturbs nothing.
+    #[must_use]
+    pub fn is_disturbed_by(&self, record: &Record) -> bool {
+        match record {
+            Record::WorkerLost { worker, .. } => {
+                let is_member = self.members.iter().any(|member| member.worker == *worker);
+                is_member && self.outcome.is_none()
+            }
+            Record::GenerationOpened { generation, planned, .. } => !planned && generation.0 > 1,
+            Record::ExchangeLost { .. } => true,
+            Record::RunCreated { .. }
+            | Record::TermStarted { .. }
+            | Record::FingerprintFixed { .. }
+            | Record::WorkerJoined { .. }
+            | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
+            | Record::Resized { .. }
+            | Record::GenerationFormed { .. }
+            | Record::StepAdopted { .. }
+            | Record::Evaluated { .. }
+            | Record::CheckpointCommitted { .. }
+            | Record::CheckpointAbandoned { .. }
+            | Record::RunFinished { .. }
+            | Record::RunFailed { .. } => false,
+        }
     }
 
     /// Takes one record in.
@@ -127,6 +160,12 @@ impl Ledger {
             }
             Record::RunFailed { reason } => {
                 self.outcome = Some(Outcome::Failed { reason: reason.clone() });
+            }
+            Record::NodeMarked { node, reason, .. } => {
+                self.faulty.insert(node.clone(), reason.clone());
+            }
+            Record::NodeReadmitted { node } => {
+                self.faulty.remove(node);
             }
             Record::Resized { workers } => self.workers_wanted = Some(*workers),
             Record::CheckpointAbandoned { step, .. } => {

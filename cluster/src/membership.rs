@@ -11,6 +11,8 @@ pub struct Worker {
     pub name: String,
     /// Where its peers reach it.
     pub address: String,
+    /// The machine it runs on; empty if it has not said so.
+    pub node: String,
     /// Order of arrival, so that older workers keep the lower ranks.
     pub arrival: u64,
     /// When it last said something.
@@ -18,6 +20,8 @@ pub struct Worker {
     /// Whether its session is open, as far as is known: a restored member counts as connected until
     /// its lease is out.
     pub session: bool,
+    /// Whether it cannot form a generation yet, so that nobody should wait for it.
+    pub preparing: bool,
     /// Whether it was asked, or asks, to leave.
     pub draining: bool,
     /// What it last said of its progress.
@@ -52,19 +56,29 @@ impl Membership {
 
     /// A newcomer opened a session.
     pub fn arrive(&mut self, now: Timestamp, worker: WorkerId, hello: &Hello) {
-        self.insert(now, worker, hello.name.clone(), hello.address.clone());
+        let Hello { name, address, node, preparing, .. } = hello.clone();
+        self.insert(now, worker, (name, address, node), preparing);
     }
 
     /// A member of a restored generation, which has yet to come back.
     pub fn expect(&mut self, now: Timestamp, member: &Member) {
-        self.insert(now, member.worker, member.name.clone(), member.address.clone());
+        let Member { name, address, .. } = member.clone();
+        self.insert(now, member.worker, (name, address, String::new()), false);
     }
 
-    fn insert(&mut self, now: Timestamp, worker: WorkerId, name: String, address: String) {
+    fn insert(
+        &mut self,
+        now: Timestamp,
+        worker: WorkerId,
+        (name, address, node): (String, String, String),
+        preparing: bool,
+    ) {
         self.arrivals += 1;
         let arrival = self.arrivals;
         let (session, draining, progress) = (true, false, None);
-        let held = Worker { name, address, arrival, heard: now, session, draining, progress };
+        let heard = now;
+        let held =
+            Worker { name, address, node, arrival, heard, session, preparing, draining, progress };
         if self.workers.is_empty() {
             self.heard_since = now;
         }

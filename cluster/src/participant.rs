@@ -71,6 +71,8 @@ pub enum Notice {
         /// What.
         order: Order,
     },
+    /// The trainer is there, and can form a generation.
+    Ready,
     /// The trainer formed a generation.
     Formed {
         /// Which.
@@ -235,6 +237,7 @@ impl Participant {
         }
         match notice {
             Notice::Ordered { term, order } => self.ordered(term, order),
+            Notice::Ready => self.report(Report::Ready),
             Notice::Formed { generation, step, digest, begun, stopped_at, metrics } => {
                 let formed =
                     Report::Formed { generation, step, digest, begun, stopped_at, metrics };

@@ -133,6 +133,11 @@ impl Pace {
         floor.max(learnt)
     }
 
+    /// What a worker last said of its progress.
+    pub(crate) fn latest(&self, worker: WorkerId) -> Option<&Progress> {
+        self.latest.get(&worker)
+    }
+
     /// For how long a worker has been in its phase, as far as is known.
     pub(crate) fn in_phase(&self, worker: WorkerId) -> Option<Duration> {
         self.latest.get(&worker).map(|progress| progress.in_phase)
@@ -273,6 +278,8 @@ fn in_words(report: &Report) -> Option<String> {
             format!("it found checkpoint {step} damaged")
         }
         Report::Finished { step, .. } => format!("it did the last step, {step}"),
+        Report::NodeFaulty { .. } => "it found its machine faulty".to_owned(),
+        Report::Ready => "it was ready to train".to_owned(),
         Report::Leaving { .. } => "it asked to leave".to_owned(),
         Report::Failed { .. } => "it failed".to_owned(),
     })

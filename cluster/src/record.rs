@@ -66,6 +66,20 @@ pub enum Record {
         /// When it stopped, by its own clock.
         stopped_at: Timestamp,
     },
+    /// A machine is broken: no worker of it is let in any more.
+    NodeMarked {
+        /// Its name.
+        node: String,
+        /// The worker there that noticed, for people.
+        name: String,
+        /// What was seen.
+        reason: String,
+    },
+    /// An operator says that a marked machine is whole again.
+    NodeReadmitted {
+        /// Its name.
+        node: String,
+    },
     /// An operator wants so many workers to take part; more stand by.
     Resized {
         /// How many.
@@ -138,4 +152,12 @@ pub enum Record {
         /// Why, and what to do.
         reason: String,
     },
+}
+
+impl Record {
+    /// Whether no other record follows it, whoever leads.
+    #[must_use]
+    pub fn ends_the_run(&self) -> bool {
+        matches!(self, Self::RunFinished { .. } | Self::RunFailed { .. })
+    }
 }

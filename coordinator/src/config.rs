@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use checkpoint::Retention;
-use cluster::{RunConfig, Term};
+use cluster::{RunConfig, Step, Term};
 
 use crate::LogError;
 
@@ -98,6 +98,19 @@ pub enum StartError {
     /// The store of the checkpoints does not answer, or does not keep its contract.
     #[error(transparent)]
     Contract(#[from] checkpoint::ContractError),
+    /// There are checkpoints, and the log does not know of them.
+    #[error(
+        "event log {log} has no record, but {checkpoints} has checkpoints up to step {newest}: put the log \
+         back, or keep the checkpoints of a new run elsewhere"
+    )]
+    Forgotten {
+        /// The log.
+        log: String,
+        /// The store of the checkpoints.
+        checkpoints: String,
+        /// The newest of them.
+        newest: Step,
+    },
     /// Another coordinator leads the run.
     #[error(
         "{location}: {holder} leads this run (term {term}); say --standby to wait for it to end"

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use checkpoint::{Retries, Store};
 use cluster::{
     Command, Coordinator, Event, Generation, Hello, Order, Outcome, Record, Report, Step,
     Timestamp, WorkerId,
@@ -21,10 +22,12 @@ use tracing::{debug, info, warn};
 use crate::{
     Config, Entry, LogError, StartError,
     commit::Committer,
+    http,
     lease::Assurance,
     log::Log,
+    metrics::{Devices, Metrics},
     rpc,
-    watch::{self, Publisher},
+    watch::{self, Publisher, Subscriber},
 };
 
 /// Inputs that wait for the host at most; a sender beyond that waits.
@@ -55,6 +58,8 @@ pub(crate) enum Input {
     Resize { workers: u32, answer: oneshot::Sender<Result<(), String>> },
     /// Somebody wants the state kept; the answer is the step, if one is left to make.
     Checkpoint { answer: oneshot::Sender<Option<Step>> },
+    /// Somebody says that a machine is whole again.
+    Readmit { node: String, marked: oneshot::Sender<bool> },
     /// The entries of the log from a place on.
     Read { from: u64, entries: oneshot::Sender<Vec<Entry>> },
     /// Something the committer learnt.
@@ -107,6 +112,9 @@ pub struct Leader {
     clock: Clock,
     /// What follows from its first records, which are durable.
     first: Vec<Command>,
+    publisher: Publisher,
+    subscriber: Subscriber,
+    devices: Devices,
 }
 
 impl std::fmt::Debug for Leader {
@@ -135,23 +143,49 @@ impl Leader {
         let (mut log, mut entries) = Log::open(&config.log).await?;
         loop {
             check_run(&config, &entries)?;
+            if entries.is_empty() {
+                check_nothing_kept(&config).await?;
+            }
             let clock = Clock::not_before(entries.last().map(|entry| entry.at));
             let records = entries.iter().map(|entry| &entry.record);
             let (now, run) = (clock.now(), config.run.clone());
             let mut coordinator = Coordinator::restore_as(now, run, log.claimed(), records);
             // The first call carries out what `restore` decided: the new term becomes durable.
             let first = coordinator.handle(now, Event::DeadlineReached);
-            match log.append(now, &records_of(&first)).await {
-                Ok(_) => {}
+            // Who stood by until the end finds nothing to lead: the end stays the last word.
+            let (first, appended) = if coordinator.ledger().outcome.is_some() {
+                (Vec::new(), Ok(Vec::new()))
+            } else {
+                let records = records_of(&first);
+                (first, log.append(now, &records).await)
+            };
+            let begun = match appended {
+                Ok(begun) => begun,
                 Err(LogError::Superseded { by, .. }) if by < log.claimed() => {
                     (log, entries) = log.reopen().await?; // The last word of the one before counts.
                     continue;
                 }
                 Err(error) => return Err(error.into()),
-            }
+            };
+            let devices = Devices::default();
+            let (steps, heard) = (config.run.steps_total.0, devices.clone());
+            let run = config.run.run.as_str();
+            let metrics = |liveness| Metrics::new(run, steps, liveness, heard);
+            let (publisher, subscriber) = watch::channel(metrics);
+            publisher.entries(&entries);
+            publisher.entries(&begun);
             let (term, elapsed_ms) = (coordinator.term(), began.elapsed().as_millis());
             info!(run = %config.run.run, %term, entries = entries.len(), elapsed_ms, "coordinating");
-            return Ok(Self { config, coordinator, log, clock, first });
+            return Ok(Self {
+                config,
+                coordinator,
+                log,
+                clock,
+                first,
+                publisher,
+                subscriber,
+                devices,
+            });
         }
     }
 
@@ -160,9 +194,24 @@ impl Leader {
     /// # Errors
     /// As [`serve`].
     pub async fn serve(self, listener: TcpListener) -> Result<Outcome, StartError> {
-        let Self { config, coordinator, log, clock, first } = self;
+        self.serve_with(listener, None).await
+    }
+
+    /// [`Leader::serve`], which also answers `/metrics` and `/healthz` over HTTP.
+    ///
+    /// # Errors
+    /// As [`serve`].
+    pub async fn serve_with(
+        self,
+        listener: TcpListener,
+        http: Option<TcpListener>,
+    ) -> Result<Outcome, StartError> {
+        let Self { config, coordinator, log, clock, first, publisher, subscriber, devices } = self;
         let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
-        let (publisher, subscriber) = watch::channel();
+        let (http_ended, http_end) = oneshot::channel();
+        if let Some(http) = http {
+            tokio::spawn(http::serve(http, publisher.metrics(), http_end));
+        }
         let assurance = log.assurance();
         let host = Host {
             committer: Committer::new(Arc::clone(&config), inputs.clone(), assurance.clone())
@@ -180,10 +229,15 @@ impl Leader {
             config: Arc::clone(&config),
         };
         let (ended, end) = oneshot::channel();
-        let server =
-            tokio::spawn(rpc::serve(Arc::clone(&config), listener, inputs, subscriber, end));
+        let server = tokio::spawn(rpc::serve(
+            Arc::clone(&config),
+            listener,
+            inputs,
+            (subscriber, devices),
+            end,
+        ));
         let outcome = host.run(first, receiver).await?;
-        drop(ended);
+        drop((ended, http_ended));
         match server.await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => warn!(error = %error, "the server did not stop in order"),
@@ -203,6 +257,22 @@ fn check_run(config: &Config, entries: &[Entry]) -> Result<(), StartError> {
             })
         }
         _ => Ok(()),
+    }
+}
+
+/// A log without a record beside checkpoints has been lost: the run would silently begin anew.
+async fn check_nothing_kept(config: &Config) -> Result<(), StartError> {
+    let store = Store::create(&config.checkpoints)
+        .map_err(|source| StartError::Store { location: config.checkpoints.clone(), source })?;
+    let look = || checkpoint::committed_steps(&store);
+    let committed = checkpoint::retrying(Retries::of("look for checkpoints"), look);
+    match committed.await.map_err(|source| LogError::Store { source })?.first() {
+        None => Ok(()),
+        Some(&newest) => Err(StartError::Forgotten {
+            log: config.log.to_string(),
+            checkpoints: config.checkpoints.clone(),
+            newest,
+        }),
     }
 }
 
@@ -270,6 +340,7 @@ impl Host {
                 published = Instant::now();
             }
         }
+        self.committer.finish().await;
         self.log.close().await;
         Ok(self.coordinator.ledger().outcome.clone().unwrap_or_else(|| Outcome::Failed {
             reason: "the coordinator was stopped before the run had ended".to_owned(),
@@ -322,6 +393,11 @@ impl Host {
             Input::Checkpoint { answer } => {
                 self.asked.push(answer);
                 Some(Event::CheckpointRequested)
+            }
+            Input::Readmit { node, marked } => {
+                let is_marked = self.coordinator.ledger().faulty.contains_key(&node);
+                marked.send(is_marked).ok(); // As above.
+                is_marked.then_some(Event::NodeReadmitted { node })
             }
             Input::Read { from, entries } => {
                 self.log.answer(from, entries);
@@ -436,6 +512,10 @@ fn tell(entry: &Entry) {
         Record::WorkerRefused { worker, name, reason } => {
             warn!(%worker, name, reason, "worker refused");
         }
+        Record::NodeMarked { node, name, reason } => {
+            warn!(node, name, reason, "machine marked as faulty");
+        }
+        Record::NodeReadmitted { node } => info!(node, "machine readmitted"),
         Record::ExchangeLost { worker, generation, peer, reason, .. } => {
             let peer = peer.as_deref().unwrap_or("unknown");
             info!(%worker, %generation, peer, reason, "exchange lost");

@@ -36,6 +36,7 @@ use tracing::warn;
 use crate::{
     Config,
     host::{Input, ORDERS_MAX, Session},
+    metrics::Devices,
     watch::{Subscriber, entry_to_wire},
 };
 
@@ -50,6 +51,7 @@ struct Service {
     config: Arc<Config>,
     inputs: mpsc::Sender<Input>,
     subscriber: Subscriber,
+    devices: Devices,
     sessions: AtomicU64,
 }
 
@@ -58,13 +60,14 @@ pub(crate) async fn serve(
     config: Arc<Config>,
     listener: TcpListener,
     inputs: mpsc::Sender<Input>,
-    subscriber: Subscriber,
+    (subscriber, devices): (Subscriber, Devices),
     end: oneshot::Receiver<()>,
 ) -> Result<(), tonic::transport::Error> {
     let service = ClusterServiceServer::new(Service {
         config,
         inputs,
         subscriber,
+        devices,
         sessions: AtomicU64::new(0),
     })
     .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -107,7 +110,8 @@ impl ClusterService for Service {
         let number = self.sessions.fetch_add(1, Ordering::Relaxed);
         let session = Session::new(number, orders, open);
         self.hand_in(Input::Opened { worker, hello: hello.into(), session }).await?;
-        tokio::spawn(pump(worker, number, requests, self.inputs.clone(), cut));
+        let (inputs, devices) = (self.inputs.clone(), self.devices.clone());
+        tokio::spawn(pump((worker, number), requests, inputs, devices, cut));
         // Copied only when the connection has room for it.
         let orders = ReceiverStream::new(receiver).map(|order| Ok(Arc::unwrap_or_clone(order)));
         Ok(Response::new(Box::pin(orders)))
@@ -171,6 +175,22 @@ impl ClusterService for Service {
         }
     }
 
+    async fn readmit(
+        &self,
+        request: Request<v1::ReadmitRequest>,
+    ) -> Result<Response<v1::ReadmitResponse>, Status> {
+        self.check_token(&request)?;
+        let v1::ReadmitRequest { run, node } = request.into_inner();
+        self.check_run(&run)?;
+        let (marked, answer) = oneshot::channel();
+        self.hand_in(Input::Readmit { node: node.clone(), marked }).await?;
+        match answer.await {
+            Ok(true) => Ok(Response::new(v1::ReadmitResponse {})),
+            Ok(false) => Err(Status::not_found(format!("no machine {node:?} is marked as faulty"))),
+            Err(_) => Err(ending()),
+        }
+    }
+
     async fn watch(
         &self,
         request: Request<v1::WatchRequest>,
@@ -221,10 +241,10 @@ fn ending() -> Status {
 
 /// Hands in what a worker says until its session ends.
 async fn pump(
-    worker: WorkerId,
-    session: u64,
+    (worker, session): (WorkerId, u64),
     mut requests: Streaming<v1::SessionRequest>,
     inputs: mpsc::Sender<Input>,
+    devices: Devices,
     mut cut: oneshot::Receiver<()>,
 ) {
     loop {
@@ -232,9 +252,15 @@ async fn pump(
             message = requests.message() => message,
             _ = &mut cut => break, // The host ended the session: its end was dropped.
         };
-        let Ok(Some(v1::SessionRequest { kind: Some(Kind::Report(report)), .. })) = message else {
+        let Ok(Some(v1::SessionRequest { kind: Some(Kind::Report(mut report)), .. })) = message
+        else {
             break;
         };
+        if let Some(v1::report::Kind::Heartbeat(beat)) = &mut report.kind
+            && let Some(health) = beat.device.take()
+        {
+            devices.said(worker, health);
+        }
         let sequence = report.sequence;
         match proto::report_from_wire(report) {
             Ok(report) => {
@@ -248,6 +274,7 @@ async fn pump(
             }
         }
     }
+    devices.forget(worker);
     drop(inputs.send(Input::Closed { worker, session }).await); // The host may be gone as well.
 }
 

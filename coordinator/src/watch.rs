@@ -6,7 +6,7 @@ use cluster::Coordinator;
 use proto::v1;
 use tokio::sync::{broadcast, watch};
 
-use crate::Entry;
+use crate::{Entry, metrics::Metrics};
 
 /// Entries that a slow watcher may fall behind before it has to read the log again.
 const BACKLOG: usize = 4096;
@@ -14,6 +14,7 @@ const BACKLOG: usize = 4096;
 /// The sending side, owned by the host.
 #[derive(Debug)]
 pub(crate) struct Publisher {
+    metrics: Arc<Metrics>,
     entries: broadcast::Sender<Arc<v1::LogEntry>>,
     liveness: watch::Sender<v1::Liveness>,
 }
@@ -25,21 +26,30 @@ pub(crate) struct Subscriber {
     liveness: watch::Receiver<v1::Liveness>,
 }
 
-pub(crate) fn channel() -> (Publisher, Subscriber) {
+pub(crate) fn channel(
+    metrics: impl FnOnce(watch::Receiver<v1::Liveness>) -> Metrics,
+) -> (Publisher, Subscriber) {
     let (entries, _) = broadcast::channel(BACKLOG);
     let (liveness, receiver) = watch::channel(v1::Liveness::default());
+    let metrics = Arc::new(metrics(receiver.clone()));
     let subscriber = Subscriber { entries: entries.clone(), liveness: receiver };
-    (Publisher { entries, liveness }, subscriber)
+    (Publisher { metrics, entries, liveness }, subscriber)
 }
 
 impl Publisher {
     /// Tells all watchers of new entries. That nobody watches is no error.
     pub(crate) fn entries(&self, entries: &[Entry]) {
         for entry in entries {
+            self.metrics.observe(entry);
             if self.entries.receiver_count() > 0 {
                 drop(self.entries.send(Arc::new(entry_to_wire(entry))));
             }
         }
+    }
+
+    /// What Prometheus is told.
+    pub(crate) fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
     }
 
     /// Tells all watchers how far the workers are.

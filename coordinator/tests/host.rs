@@ -3,7 +3,7 @@
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use cluster::{Hello, Outcome, Report, RunConfig, RunId, Step, Timeouts, WorkerId};
+use cluster::{Hello, Outcome, Report, Step, WorkerId};
 use coordinator::{Config, EventLog, serve};
 use proto::{
     TOKEN_HEADER,
@@ -16,31 +16,12 @@ use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Streaming, transport::Channel};
 
+mod toy;
+
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn config(folder: &Path) -> Config {
-    Config {
-        run: RunConfig {
-            run: RunId::try_from("toy".to_owned()).unwrap(),
-            virtual_ranks: 2,
-            steps_total: Step(4),
-            steps_per_epoch: 4,
-            evaluate_every_epochs: 1,
-            checkpoint_every_epochs: 1,
-            checkpoint_every_steps: 0,
-            checkpoint_every: Duration::ZERO,
-            workers_expected: 1,
-            workers_min: 1,
-            workers_max: 2,
-            timeouts: Timeouts::derived_from(Duration::from_secs(10)).unwrap(),
-        },
-        recipe: "seed = 1".to_owned(),
-        token: "open sesame".to_owned(),
-        log: folder.join("log.redb").into(),
-        checkpoints: folder.join("checkpoints").display().to_string(),
-        keep: checkpoint::Retention { newest: 2, every_steps: 0, best: true },
-        software: "test".to_owned(),
-    }
+    toy::config(folder.join("log.redb").into(), &folder.join("checkpoints"))
 }
 
 type Serving = JoinHandle<Result<Outcome, coordinator::StartError>>;
@@ -71,9 +52,11 @@ async fn open(
     let hello = Hello {
         name: "worker-0".to_owned(),
         address: "127.0.0.1:1".to_owned(),
+        node: "host-0".to_owned(),
         fingerprint: cluster::Fingerprint::default(),
         generation: None,
         applied: None,
+        preparing: false,
     };
     let hello = v1::Hello::new(WorkerId(7), &hello, "test");
     let first = v1::SessionRequest { run: run.to_owned(), kind: Some(Said::Hello(hello)) };
@@ -138,4 +121,16 @@ async fn when_a_run_ends_everybody_hears_of_it_and_no_open_stream_keeps_the_coor
     assert!(matches!(outcome, Outcome::Failed { reason } if reason.contains("worker-0")));
     let log = EventLog::open(&folder.path().join("log.redb")).unwrap();
     assert_eq!(log.last(), sequence, "the watcher saw the whole log");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_was_lost_beside_checkpoints_does_not_begin_the_run_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = folder.path().join("checkpoints").join(checkpoint::manifest_name(Step(30)));
+    std::fs::create_dir_all(manifest.parent().unwrap()).unwrap();
+    std::fs::write(&manifest, "{}").unwrap();
+    let (_, serving) = start(folder.path()).await;
+    let refused = timeout(PATIENCE, serving).await.unwrap().unwrap().unwrap_err().to_string();
+    assert!(refused.contains("has no record") && refused.contains("up to step 30"), "{refused}");
+    assert!(refused.contains("put the log back"), "{refused}");
 }

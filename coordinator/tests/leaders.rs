@@ -4,35 +4,16 @@
 use std::{path::Path, time::Duration};
 
 use checkpoint::Store;
-use cluster::{Record, RunConfig, RunId, Step, Term, Timeouts};
+use cluster::{Record, Term};
 use coordinator::{Config, Leader, Lease, LogAt, StartError, read_shared};
 use tokio::net::TcpListener;
+
+mod toy;
 
 fn config(folder: &Path, holder: &str, standby: bool) -> Config {
     let location = folder.display().to_string();
     let lease = Lease { holder: holder.to_owned(), lasts: Duration::from_millis(600), standby };
-    Config {
-        run: RunConfig {
-            run: RunId::try_from("toy".to_owned()).unwrap(),
-            virtual_ranks: 2,
-            steps_total: Step(4),
-            steps_per_epoch: 4,
-            evaluate_every_epochs: 1,
-            checkpoint_every_epochs: 1,
-            checkpoint_every_steps: 0,
-            checkpoint_every: Duration::ZERO,
-            workers_expected: 1,
-            workers_min: 1,
-            workers_max: 2,
-            timeouts: Timeouts::derived_from(Duration::from_secs(10)).unwrap(),
-        },
-        recipe: "seed = 1".to_owned(),
-        token: "open sesame".to_owned(),
-        log: LogAt::Shared { location: location.clone(), lease },
-        checkpoints: location,
-        keep: checkpoint::Retention { newest: 2, every_steps: 0, best: true },
-        software: "test".to_owned(),
-    }
+    toy::config(LogAt::Shared { location, lease }, folder)
 }
 
 async fn terms(folder: &Path) -> Vec<Term> {

@@ -89,6 +89,16 @@ const char* percheron_cuda_peak(int ordinal, size_t* out) {
   });
 }
 
+// The PCI address of a device, DOMAIN:BUS:DEVICE.FUNCTION in hexadecimal digits, by which the driver knows it too.
+const char* percheron_cuda_bus_id(int ordinal, char* out, size_t capacity) {
+  return guarded([&] {
+    guard_of(ordinal);
+    auto* ask = symbol<int(char*, int, int)>("cudaDeviceGetPCIBusId");
+    const int error = ask(out, static_cast<int>(capacity), ordinal);
+    TORCH_CHECK(error == 0, "CUDA does not say where device ", ordinal, " is: error ", error);
+  });
+}
+
 const char* percheron_marker_new(Marker** out) {
   return guarded([&] { *out = new Marker; });
 }

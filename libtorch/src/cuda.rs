@@ -43,6 +43,17 @@ pub fn peak_bytes(device: Device) -> Result<usize, ShimError> {
     Ok(bytes)
 }
 
+/// The PCI address of a device, `DOMAIN:BUS:DEVICE.FUNCTION` in hexadecimal digits; none for the CPU.
+///
+/// # Errors
+/// [`ShimError`] if there is no such device.
+pub fn bus_id(device: Device) -> Result<Option<String>, ShimError> {
+    let Some(ordinal) = ordinal(device)? else { return Ok(None) };
+    // SAFETY: the function writes no more than `capacity` bytes, and ends them with a nul.
+    let call = |out, capacity| unsafe { sys::percheron_cuda_bus_id(ordinal, out, capacity) };
+    sys::read_text(call).map(Some)
+}
+
 /// This thread's current stream on `device`, as CUDA's libraries take it: a `cudaStream_t`.
 ///
 /// # Errors

@@ -34,6 +34,11 @@ unsafe extern "C" {
     pub(crate) safe fn percheron_cuda_synchronize(ordinal: c_int) -> *const c_char;
     pub(crate) fn percheron_cuda_stream(ordinal: c_int, out: *mut *mut c_void) -> *const c_char;
     pub(crate) fn percheron_cuda_peak(ordinal: c_int, out: *mut usize) -> *const c_char;
+    pub(crate) fn percheron_cuda_bus_id(
+        ordinal: c_int,
+        out: *mut c_char,
+        capacity: usize,
+    ) -> *const c_char;
     pub(crate) fn percheron_marker_new(out: *mut *mut c_void) -> *const c_char;
     pub(crate) fn percheron_marker_record(marker: *mut c_void, ordinal: c_int) -> *const c_char;
     pub(crate) fn percheron_marker_is_passed(

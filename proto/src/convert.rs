@@ -47,6 +47,8 @@ impl v1::Hello {
             generation: hello.generation.map(|g| g.0),
             applied: hello.applied.map(|s| s.0),
             software: software.to_owned(),
+            node: hello.node.clone(),
+            preparing: hello.preparing,
         }
     }
 }
@@ -56,9 +58,11 @@ impl From<v1::Hello> for Hello {
         Self {
             name: hello.name,
             address: hello.address,
+            node: hello.node,
             fingerprint: Fingerprint(hello.fingerprint.into_iter().collect::<BTreeMap<_, _>>()),
             generation: hello.generation.map(Generation),
             applied: hello.applied.map(Step),
+            preparing: hello.preparing,
         }
     }
 }
@@ -127,6 +131,8 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
             step: step.0,
             state_sha256,
         }),
+        Report::NodeFaulty { reason } => ReportKind::NodeFaulty(v1::NodeFaulty { reason }),
+        Report::Ready => ReportKind::Ready(v1::Ready {}),
         Report::Leaving { reason } => ReportKind::Leaving(v1::Leaving { reason }),
         Report::Failed { reason } => ReportKind::Failed(v1::Failed { reason }),
     };
@@ -224,6 +230,8 @@ pub fn report_from_wire(report: v1::Report) -> Result<Report, Malformed> {
             step: Step(finished.step),
             state_sha256: finished.state_sha256,
         },
+        ReportKind::NodeFaulty(faulty) => Report::NodeFaulty { reason: faulty.reason },
+        ReportKind::Ready(v1::Ready {}) => Report::Ready,
         ReportKind::Leaving(leaving) => Report::Leaving { reason: leaving.reason },
         ReportKind::Failed(failed) => Report::Failed { reason: failed.reason },
     })
@@ -248,6 +256,7 @@ pub fn heartbeat(progress: &Progress) -> v1::Heartbeat {
         .into(),
         in_phase_ms: millis(progress.in_phase),
         resident_bytes: progress.resident_bytes,
+        device: None,
     }
 }
 
@@ -526,6 +535,8 @@ mod tests {
             Report::ShareFailed { generation, step, reason: "full".to_owned() },
             Report::CheckpointDamaged { generation, step, reason: "torn".to_owned() },
             Report::Finished { generation, step, state_sha256: "e".to_owned() },
+            Report::NodeFaulty { reason: "Xid 79".to_owned() },
+            Report::Ready,
             Report::Leaving { reason: "sigterm".to_owned() },
             Report::Failed { reason: "nan".to_owned() },
         ]

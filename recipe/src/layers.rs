@@ -186,7 +186,7 @@ fn nearest_key(key: &str) -> Option<String> {
 }
 
 /// The keys that a recipe need not have.
-const UNSET: [&str; 11] = [
+const UNSET: [&str; 15] = [
     "optimizer.clip_grad",
     "optimizer.weight_decay_end",
     "schedule.warmup_steps",
@@ -198,6 +198,10 @@ const UNSET: [&str; 11] = [
     "model.head_dropout",
     "augment.aa",
     "augment.cutmix_minmax",
+    "finetune.file",
+    "finetune.sha256",
+    "finetune.keys",
+    "finetune.prefix",
 ];
 
 /// Keys of two recipes whose values differ, as `key: this, other`.

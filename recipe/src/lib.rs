@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 pub use augment::{Augment, EraseMode, Interpolation, MixMode, OnCorrupt, Shuffle};
 pub use layers::{BUILT_IN, RecipeError, built_in};
 pub use sections::{
-    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Loss, Model, Optimizer, Precision, Reduction,
-    Schedule,
+    BnBuffers, Checkpoint, Crop, Data, Elastic, Ema, Finetune, Loss, Model, Optimizer, Precision,
+    Reduction, Schedule,
 };
 
 /// A complete recipe. Every field has a default, so a recipe states what it changes.
@@ -65,6 +65,9 @@ pub struct Recipe {
     pub ema: Ema,
     /// What is kept, and when.
     pub checkpoint: Checkpoint,
+    /// What the weights begin as; not written where they begin as random ones.
+    #[serde(skip_serializing_if = "Finetune::is_off")]
+    pub finetune: Finetune,
     /// How many workers, and how long a loss may hold up the others.
     pub elastic: Elastic,
 }
@@ -92,6 +95,7 @@ impl Default for Recipe {
             schedule: Schedule::default(),
             ema: Ema::default(),
             checkpoint: Checkpoint::default(),
+            finetune: Finetune::default(),
             elastic: Elastic::default(),
         }
     }

@@ -11,6 +11,7 @@ pub(crate) fn problems(recipe: &Recipe) -> Vec<String> {
     problems.of_numbers(recipe);
     problems.of_model(&recipe.model);
     problems.of_augment(recipe);
+    problems.of_finetune(recipe);
     problems.0
 }
 
@@ -22,6 +23,13 @@ impl Problems {
         if !holds {
             self.0.push(format!("{key} = {value} must be {range}"));
         }
+    }
+
+    fn of_finetune(&mut self, r: &Recipe) {
+        let digest = &r.finetune.sha256;
+        let is_digest = digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let range = "the SHA-256 of finetune.file, 64 hexadecimal digits as sha256sum prints them";
+        self.require(r.finetune.is_off() || is_digest, "finetune.sha256", digest, range);
     }
 
     fn of_whole_numbers(&mut self, r: &Recipe) {

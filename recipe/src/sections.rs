@@ -326,3 +326,36 @@ impl Default for Elastic {
         Self { workers_min: 1, workers_max: None, max_recovery: Duration::from_secs(10) }
     }
 }
+
+/// Weights that a run begins from instead of random ones. Off unless a file is named.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Finetune {
+    /// A file of `torch.save` or `.safetensors`, which every worker finds at this path.
+    pub file: String,
+    /// Its SHA-256, hexadecimal: workers with other bytes under that name are refused.
+    pub sha256: String,
+    /// Where in the file the weights are: the first of these keys that there is, else the top.
+    pub keys: Vec<String>,
+    /// What the names of the tensors begin with, in the file.
+    pub prefix: String,
+}
+
+impl Default for Finetune {
+    fn default() -> Self {
+        Self {
+            file: String::new(),
+            sha256: String::new(),
+            keys: ["model", "module", "state_dict_ema"].map(str::to_owned).to_vec(),
+            prefix: String::new(),
+        }
+    }
+}
+
+impl Finetune {
+    /// Whether a run begins from random weights.
+    #[must_use]
+    pub fn is_off(&self) -> bool {
+        self.file.is_empty()
+    }
+}

@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeSet,
-    fs::File,
     path::{Path, PathBuf},
 };
 
@@ -15,8 +14,9 @@ use crate::{
     index::{Flags, Index, Record},
     manifest::{Manifest, Policy, Provenance, Shard, VERSION, is_plain_name},
     pack::{
-        Checker, PackError, PackOptions, PackProgress, folder_name, manifest_for,
+        Checker, PackError, PackOptions, PackProgress, READ_AHEAD, folder_name, manifest_for,
         scan::{self, Listing, SourceFile},
+        tree::Tree,
     },
     source::{SourceError, Store},
 };
@@ -34,9 +34,24 @@ pub fn index_tars(
     options: &PackOptions,
     progress: &mut dyn FnMut(PackProgress),
 ) -> Result<Manifest, PackError> {
+    let variables: Vec<_> = bucket::environment().collect();
+    index_tars_with(folder, options, &variables, progress)
+}
+
+/// [`index_tars`] with the variables of another environment than the process's.
+///
+/// # Errors
+/// As [`index_tars`].
+pub fn index_tars_with(
+    folder: &Path,
+    options: &PackOptions,
+    variables: &[(String, String)],
+    progress: &mut dyn FnMut(PackProgress),
+) -> Result<Manifest, PackError> {
     check_split_name(&options.split)?;
-    let Listing { classes, files } = scan::scan_webdataset(folder)?;
-    let store = Store::create(&folder.display().to_string(), &[])?;
+    let tree = Tree::open(folder, variables)?;
+    let Listing { classes, files } = scan::scan_webdataset(&tree)?;
+    let store = Store::create(&tree.root().display().to_string(), variables)?;
     let manifest_name = manifest_for(&store, &options.split)?;
     let files_total = files.len() as u64;
     let mut checker = Checker::default();
@@ -44,8 +59,8 @@ pub fn index_tars(
     let (mut shards, mut cmyk) = (Vec::new(), 0);
     for files in files.chunk_by(|one, next| one.file() == next.file()) {
         let mut records = Vec::with_capacity(files.len());
-        for file in files {
-            let record = check(&mut checker, folder, file)?;
+        for (file, bytes) in files.iter().zip(read_ahead(&tree, files)) {
+            let record = check(&mut checker, tree.root(), file, bytes?)?;
             cmyk += u64::from(record.flags.has(Flags::CMYK));
             records.push(record);
             done = PackProgress {
@@ -55,7 +70,7 @@ pub fn index_tars(
             };
             progress(done);
         }
-        shards.push(write_index(&store, files[0].file(), records, done.files)?);
+        shards.push(write_index(&store, &tree, files[0].file(), records, done.files)?);
     }
     let names: BTreeSet<&String> = shards.iter().map(|shard| &shard.name).collect();
     assert_eq!(names.len(), shards.len(), "the files of a tar are listed together");
@@ -65,11 +80,12 @@ pub fn index_tars(
         samples: files_total,
         classes,
         provenance: Provenance {
-            source: options.source.clone().unwrap_or_else(|| folder_name(folder)),
+            source: options.source.clone().unwrap_or_else(|| folder_name(tree.root())),
             seed: 0,
             policy: Policy::KeepTars,
             converted: 0,
             cmyk,
+            deep: 0,
             skipped: Vec::new(),
             attribution: options.attribution.clone(),
             licence: options.licence.clone(),
@@ -82,11 +98,25 @@ pub fn index_tars(
     }
 }
 
-fn check(checker: &mut Checker, folder: &Path, file: &SourceFile) -> Result<Record, PackError> {
+/// The bytes of images, some at a time.
+fn read_ahead(
+    tree: &Tree,
+    files: &[SourceFile],
+) -> impl Iterator<Item = Result<Vec<u8>, PackError>> {
+    files
+        .chunks(READ_AHEAD)
+        .flat_map(|files| scan::read_many(tree, &files.iter().collect::<Vec<_>>()))
+}
+
+fn check(
+    checker: &mut Checker,
+    folder: &Path,
+    file: &SourceFile,
+    bytes: Vec<u8>,
+) -> Result<Record, PackError> {
     let path = || file.path(folder);
-    let image = checker
-        .check(file.read()?, None)
-        .map_err(|source| PackError::Corrupt { path: path(), source })?;
+    let image =
+        checker.check(bytes, None).map_err(|source| PackError::Corrupt { path: path(), source })?;
     if image.flags.has(Flags::RE_ENCODED) {
         return Err(PackError::NotJpeg { path: path() });
     }
@@ -96,16 +126,16 @@ fn check(checker: &mut Checker, folder: &Path, file: &SourceFile) -> Result<Reco
 /// Writes the index beside its tar. `after` is the number of samples up to and with this tar's.
 fn write_index(
     store: &Store,
+    tree: &Tree,
     tar: &Path,
     records: Vec<Record>,
     after: u64,
 ) -> Result<Shard, PackError> {
-    let unread = |source| PackError::Read { path: tar.to_owned(), source };
+    let unread = |error| PackError::unread(tar, error);
     let name = tar.file_stem().and_then(|name| name.to_str()).filter(|name| is_plain_name(name));
     let name = name.ok_or_else(|| PackError::TarName(PathBuf::from(tar)))?.to_owned();
-    let file = File::open(tar).map_err(unread)?;
-    let tar_length = file.metadata().map_err(unread)?.len();
-    let tar_sha256 = Sha256::of_file(file).map_err(unread)?;
+    let tar_length = tree.length(tar).map_err(unread)?;
+    let tar_sha256 = tree.sha256(tar).map_err(unread)?;
     let samples = records.len() as u64;
     let index = Index { tar_length, tar_sha256, records }.encode();
     let idx_sha256 = Sha256::of(&index);

@@ -373,8 +373,9 @@ impl Dataset {
         format!("sample {sample} (shard {file}, key {key}, offset {})", record.offset)
     }
 
-    /// The sample's key in its archive; "unreadable" if that is damaged.
-    pub(crate) fn key_of(&self, sample: u64) -> String {
+    /// The sample's key in its archive; "unreadable" if that is damaged, empty if there is no such sample.
+    #[must_use]
+    pub fn key_of(&self, sample: u64) -> String {
         self.locate(sample)
             .map_or_else(String::new, |(shard, record)| self.key(shard, record.offset))
     }

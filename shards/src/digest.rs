@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    fs::File,
     io::{self, Read},
 };
 
@@ -21,8 +20,8 @@ impl Sha256 {
         Self(sha2::Sha256::digest(bytes).into())
     }
 
-    /// The digest of what is left of a file.
-    pub(crate) fn of_file(mut file: File) -> io::Result<Self> {
+    /// The digest of what is left to be read.
+    pub(crate) fn of_reader(mut file: impl Read) -> io::Result<Self> {
         const CHUNK: usize = 1 << 20;
         let mut digest = sha2::Sha256::new();
         let mut chunk = vec![0; CHUNK];

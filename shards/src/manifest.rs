@@ -45,6 +45,9 @@ pub struct Provenance {
     /// How many images have four channels, CMYK or YCCK. They are kept, and converted when decoded.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub cmyk: u64,
+    /// How many images were PNG files of 16 bits a channel, of which the upper eight were kept.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub deep: u64,
     /// Corrupt source files that were left out on request.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<String>,
@@ -243,6 +246,7 @@ mod tests {
                 policy: Policy::KeepJpegConvertPngQuality100,
                 converted: 0,
                 cmyk: 0,
+                deep: 0,
                 skipped: Vec::new(),
                 attribution: None,
                 licence: None,

@@ -23,15 +23,20 @@ mod image;
 mod raw;
 mod resume;
 pub(crate) mod scan;
+pub(crate) mod tree;
 
 pub use image::CorruptImage;
 use image::Image;
-pub(crate) use image::{Checker, flags_of};
+pub(crate) use image::{Checker, as_jpeg, flags_of};
 use resume::Journal;
 use scan::{Listing, SourceFile};
+use tree::Tree;
 
 /// Keeps the packing order apart from other uses of the same seed.
 const PACK_DOMAIN: u64 = u64::from_le_bytes(*b"pack/v1\0");
+
+/// Files of the source that are read at a time: in a bucket each would else cost a round trip.
+pub(crate) const READ_AHEAD: usize = 64;
 
 /// Longest part of a source file's name that a key repeats.
 const KEY_STEM_MAX: usize = 64;
@@ -83,12 +88,17 @@ pub enum PackError {
     /// The destination cannot be written.
     #[error(transparent)]
     Destination(#[from] SourceError),
-    /// The source is in a bucket.
+    /// The source cannot be read.
+    #[error(transparent)]
+    Source(SourceError),
+    /// The source is packed already.
     #[error(
-        "source {} cannot be packed from where it is: copy it to a folder with a tool of the bucket, and pack that",
-        .0.display()
+        "source {0} is packed already: `percheron shards unpack {0} --out DIR` writes its images"
     )]
-    RemoteSource(PathBuf),
+    Builtin(String),
+    /// Nothing is in the bucket under this name.
+    #[error("source {0} has no objects: give the prefix of class folders or of tars, or one tar")]
+    NoObjects(String),
     /// The destination already has this split.
     #[error(
         "{manifest} already exists and is not overwritten: choose another --out or --split, or \
@@ -101,6 +111,9 @@ pub enum PackError {
     /// The source is not a folder of class folders.
     #[error("{} has no class folders: it must have one folder a class, with images in it", .0.display())]
     NoClasses(PathBuf),
+    /// A source without images.
+    #[error("{} has no .jpg, .jpeg or .png file", .0.display())]
+    NoImages(PathBuf),
     /// A class folder has nothing to pack.
     #[error(
         "class folder {} has no .jpg, .jpeg or .png file: remove the folder or add its images",
@@ -192,6 +205,16 @@ pub enum PackError {
     },
 }
 
+impl PackError {
+    /// What a file's error means, which a bucket has put into an [`io::Error`].
+    pub(crate) fn unread(path: &Path, error: io::Error) -> Self {
+        match error.downcast::<SourceError>() {
+            Ok(error) => Self::Source(error),
+            Err(source) => Self::Read { path: path.to_owned(), source },
+        }
+    }
+}
+
 /// Packs `source` as a split of the dataset at `out`, and returns its manifest. A source is an image
 /// folder, WebDataset tars, or ImageNet's own tars: see `pack/scan.rs` for the kinds.
 ///
@@ -199,7 +222,7 @@ pub enum PackError {
 /// converted, see [`Policy`]. Other files are ignored. Equal sources and options give equal files,
 /// whether packing was cut short on the way or not.
 ///
-/// `out` is a folder, which is made, or `s3://BUCKET/PREFIX`; the process's environment says how to reach it:
+/// `source` and `out` are each a path or `s3://BUCKET/PREFIX`; a folder `out` is made. The process's environment says how to reach a bucket:
 /// [`Dataset::open_with`](crate::Dataset::open_with) names the variables.
 ///
 /// # Errors
@@ -226,7 +249,8 @@ pub fn pack_with(
     progress: &mut dyn FnMut(PackProgress),
 ) -> Result<Manifest, PackError> {
     check_split_name(&options.split)?;
-    let listing = scan::scan(source)?;
+    let tree = Tree::open(source, variables)?;
+    let listing = scan::scan(&tree)?;
     let store = Store::create(out, variables)?;
     let manifest_name = manifest_for(&store, &options.split)?;
     let fingerprint = resume::fingerprint(&listing, options);
@@ -235,12 +259,12 @@ pub fn pack_with(
         done.save(&store, &options.split)?; // What cannot be written is said before the work, not after it.
     }
     let mut packer = Packer::new(&store, &options.split, done);
-    packer.add_all(source, &listing, options, progress)?;
+    packer.add_all(&tree, &listing, options, progress)?;
     packer.close_shard()?;
     let done = packer.done;
     if done.samples == 0 {
         let files = listing.files.len();
-        return Err(PackError::NothingLeft { path: source.to_owned(), files });
+        return Err(PackError::NothingLeft { path: tree.root().to_owned(), files });
     }
     let mut skipped = done.skipped;
     skipped.sort();
@@ -250,11 +274,12 @@ pub fn pack_with(
         samples: done.samples,
         classes: listing.classes,
         provenance: Provenance {
-            source: options.source.clone().unwrap_or_else(|| folder_name(source)),
+            source: options.source.clone().unwrap_or_else(|| folder_name(tree.root())),
             seed: options.seed,
             policy: Policy::KeepJpegConvertPngQuality100,
             converted: done.converted,
             cmyk: done.cmyk,
+            deep: done.deep,
             skipped,
             attribution: options.attribution.clone(),
             licence: options.licence.clone(),
@@ -307,35 +332,55 @@ impl<'a> Packer<'a> {
     /// Adds every file that is not done, in the order that the seed chooses.
     fn add_all(
         &mut self,
-        source: &Path,
+        tree: &Tree,
         listing: &Listing,
         options: &PackOptions,
         progress: &mut dyn FnMut(PackProgress),
     ) -> Result<(), PackError> {
         let files_total = listing.files.len() as u64;
         let order = Permutation::new(files_total, &[PACK_DOMAIN, options.seed]);
-        for place in self.done.place..files_total {
+        let chosen = |place| {
             let chosen = usize::try_from(order.at(place)).expect("the order permutes the files");
-            let file = &listing.files[chosen];
-            match self.checker.check(file.read()?, file.raw) {
-                Ok(image) => {
-                    if self.is_full_for(&image) {
-                        self.close_shard()?;
-                        self.done.place = place;
-                        self.done.save(self.store, self.split)?;
-                    }
-                    self.add(file, &image);
-                }
-                Err(_) if options.on_corrupt == OnCorrupt::Skip => {
-                    self.done.skipped.push(file.name.clone());
-                }
-                Err(fault) => {
-                    return Err(PackError::Corrupt { path: file.path(source), source: fault });
-                }
+            &listing.files[chosen]
+        };
+        let mut place = self.done.place;
+        while place < files_total {
+            let end = files_total.min(place + READ_AHEAD as u64);
+            let files: Vec<_> = (place..end).map(chosen).collect();
+            for (file, bytes) in files.iter().zip(scan::read_many(tree, &files)) {
+                self.add_checked(tree, file, bytes?, place, options)?;
+                place += 1;
+                progress(PackProgress { files: place, files_total, bytes: self.done.bytes });
             }
-            progress(PackProgress { files: place + 1, files_total, bytes: self.done.bytes });
         }
         Ok(())
+    }
+
+    /// Adds the file at `place` of the packing order if it is a whole image.
+    fn add_checked(
+        &mut self,
+        tree: &Tree,
+        file: &SourceFile,
+        bytes: Vec<u8>,
+        place: u64,
+        options: &PackOptions,
+    ) -> Result<(), PackError> {
+        match self.checker.check(bytes, file.raw) {
+            Ok(image) => {
+                if self.is_full_for(&image) {
+                    self.close_shard()?;
+                    self.done.place = place;
+                    self.done.save(self.store, self.split)?;
+                }
+                self.add(file, &image);
+                Ok(())
+            }
+            Err(_) if options.on_corrupt == OnCorrupt::Skip => {
+                self.done.skipped.push(file.name.clone());
+                Ok(())
+            }
+            Err(fault) => Err(PackError::Corrupt { path: file.path(tree.root()), source: fault }),
+        }
     }
 
     /// Whether the shard at hand has no room for another image.
@@ -358,6 +403,7 @@ impl<'a> Packer<'a> {
         self.done.bytes += u64::from(image.length);
         self.done.converted += u64::from(image.flags.has(Flags::RE_ENCODED));
         self.done.cmyk += u64::from(image.flags.has(Flags::CMYK));
+        self.done.deep += u64::from(image.deep);
     }
 
     fn close_shard(&mut self) -> Result<(), PackError> {

@@ -27,8 +27,8 @@ use object_store::{
     memory::InMemory, path::Path,
 };
 
-pub(crate) use self::remote::Remote;
 use self::remote::{RemoteFile, blocks_of, prefetch};
+pub(crate) use self::{remote::Remote, s3::Object};
 use crate::{cache, digest::Sha256};
 
 /// The dataset that the program carries, file by file.
@@ -446,14 +446,14 @@ impl Store {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Location<'a> {
+pub(crate) enum Location<'a> {
     Folder(&'a str),
     Bucket,
     Builtin(&'a str),
 }
 
 impl<'a> Location<'a> {
-    fn parse(location: &'a str) -> Result<Self, SourceError> {
+    pub(crate) fn parse(location: &'a str) -> Result<Self, SourceError> {
         if let Some(name) = location.strip_prefix("builtin:") {
             Ok(Self::Builtin(name))
         } else if let Some(path) = location.strip_prefix("file://") {

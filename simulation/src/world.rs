@@ -199,9 +199,11 @@ impl World {
         let hello = Hello {
             name: format!("worker-{worker}"),
             address: format!("host-{worker}:1"),
+            node: String::new(),
             fingerprint: Fingerprint::default(),
             generation: process.participant.generation(),
             applied: process.applied,
+            preparing: false,
         };
         self.tell(Event::WorkerJoined { worker, hello });
     }

@@ -20,6 +20,7 @@ use cluster::{
 };
 use proto::v1::{self, session_request::Kind as Said, session_response::Kind as Heard};
 use recipe::Recipe;
+use tch::Device;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
@@ -35,6 +36,7 @@ use self::{
     upload::upload,
 };
 use crate::{
+    health::{self, Watch},
     progress::Progress,
     train::{Formation, KeepAt, Means, Orders, Told, Trainer, chain},
 };
@@ -57,6 +59,8 @@ pub struct Options {
     pub token_file: PathBuf,
     /// For people.
     pub name: String,
+    /// The machine that this worker is on.
+    pub node: String,
     /// Where peers reach this worker.
     pub listen: SocketAddr,
     /// Intra-op threads that libtorch was started with.
@@ -114,9 +118,11 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
     let hello = Hello {
         name: options.name.clone(),
         address: address.to_string(),
+        node: options.node.clone(),
         fingerprint,
         generation: None,
         applied: None,
+        preparing: true,
     };
     info!(%worker, name = options.name, %address, "worker started");
 
@@ -124,6 +130,8 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
     let (links_sender, links) = mpsc::channel(LINKS_MAX);
     tokio::spawn(session::keep(target, greetings, links_sender));
     let (told_sender, told) = mpsc::unbounded_channel();
+    let (fault, faults) = mpsc::unbounded_channel();
+    let health = watch_device(options.means.device, fault);
     let mut agent = Agent {
         options,
         worker,
@@ -142,8 +150,9 @@ pub async fn run(options: Options, fingerprint: Fingerprint) -> Result<Exit, Age
         uploads: JoinSet::new(),
         finished: None,
         exit: None,
+        health,
     };
-    agent.serve(links, told).await
+    agent.serve(links, told, faults).await
 }
 
 fn target(options: &Options) -> Result<Target, AgentError> {
@@ -211,6 +220,8 @@ struct Agent {
     /// The end of training, which is said after the last upload.
     finished: Option<Notice>,
     exit: Option<Exit>,
+    /// How the GPU is, if there is one and its driver says.
+    health: Option<Watch>,
 }
 
 /// The training thread, as the agent sees it.
@@ -228,6 +239,7 @@ impl Agent {
         &mut self,
         mut links: mpsc::Receiver<Link>,
         mut told: mpsc::UnboundedReceiver<Told>,
+        mut faults: mpsc::UnboundedReceiver<String>,
     ) -> Result<Exit, AgentError> {
         let mut terminations = Terminations::listen(self.options.exit_with_stdin)?;
         let mut heartbeat = every(FIRST_HEARTBEAT);
@@ -248,6 +260,10 @@ impl Agent {
                     self.say_finished()?;
                 }
                 _ = heartbeat.tick() => self.beat(),
+                Some(reason) = faults.recv() => {
+                    warn!(reason, "this machine is faulty");
+                    self.act(Action::Report(Report::NodeFaulty { reason }))?;
+                }
                 reason = terminations.next() => {
                     info!(reason, "this worker is asked to stop");
                     self.notice(Notice::StopRequested { reason })?;
@@ -395,11 +411,13 @@ impl Agent {
     }
 
     fn notice(&mut self, notice: Notice) -> Result<(), AgentError> {
+        let is_ready = self.hello.preparing && matches!(notice, Notice::Ready);
         for action in self.participant.handle(notice) {
             self.act(action)?;
         }
         let generation = self.participant.generation();
-        if self.hello.generation != generation {
+        if is_ready || self.hello.generation != generation {
+            self.hello.preparing &= !is_ready;
             self.hello.generation = generation;
             self.hello.applied = self.progress.now().0;
             self.greeting.send_replace(wire_hello(self.worker, &self.hello));
@@ -458,7 +476,11 @@ impl Agent {
         let (applied, phase, in_phase) = self.progress.now();
         let resident_bytes = resident_bytes();
         let progress = cluster::Progress { generation, applied, phase, in_phase, resident_bytes };
-        self.send(proto::report_to_wire(0, &Report::Heartbeat(progress)));
+        let mut wire = proto::report_to_wire(0, &Report::Heartbeat(progress));
+        if let Some(v1::report::Kind::Heartbeat(heartbeat)) = &mut wire.kind {
+            heartbeat.device = self.health.as_ref().map(Watch::latest);
+        }
+        self.send(wire);
     }
 
     fn send(&mut self, report: v1::Report) {
@@ -524,6 +546,21 @@ impl Agent {
         }
         Ok(())
     }
+}
+
+/// Watches the GPU that a worker computes on. One whose driver does not answer is trained on all the same.
+fn watch_device(device: Device, fault: mpsc::UnboundedSender<String>) -> Option<Watch> {
+    let watched = libtorch::cuda::bus_id(device).map_err(anyhow::Error::from).and_then(|bus_id| {
+        let broken = move |what| drop(fault.send(what)); // The worker may be ending.
+        bus_id
+            .map(|id| Watch::start(None, &id, health::PERIOD, broken))
+            .transpose()
+            .map_err(Into::into)
+    });
+    watched.unwrap_or_else(|error| {
+        warn!(error = format!("{error:#}"), "the GPU is not watched");
+        None
+    })
 }
 
 fn every(interval: Duration) -> Interval {

@@ -19,6 +19,7 @@
 pub mod agent;
 pub mod bench;
 pub mod device;
+pub mod health;
 pub mod progress;
 pub mod setup;
 pub mod tool;

@@ -41,6 +41,10 @@ struct Training {
     /// What people call this worker.
     #[arg(long)]
     name: String,
+    /// The machine it is on, as people call it: if it turns out to be broken, no worker of it is let in again
+    /// [default: what the machine calls itself].
+    #[arg(long, env = "PERCHERON_NODE")]
+    node: Option<String>,
     /// Where other workers reach this one, HOST:PORT; port 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
@@ -96,6 +100,11 @@ fn work_with(tool: Tool) -> Result<()> {
     runtime.context("cannot start the runtime")?.block_on(tool.run())
 }
 
+/// What this machine calls itself.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// Threads that decode images for a device.
 fn loaders(device: tch::Device) -> usize {
     if !device.is_cuda() {
@@ -124,6 +133,7 @@ fn train(arguments: Training) -> Result<Exit> {
         run,
         token_file: arguments.token_file,
         name: arguments.name,
+        node: arguments.node.unwrap_or_else(host_name),
         listen: arguments.listen,
         threads: arguments.threads,
         means,

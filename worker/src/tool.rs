@@ -3,6 +3,7 @@
 mod eval;
 mod export;
 mod import;
+mod infer;
 mod models;
 mod options;
 mod tensor_file;
@@ -34,6 +35,8 @@ pub enum Tool {
     Export(export::Arguments),
     /// Evaluate a checkpoint: exits, classes, dynamic inference.
     Eval(eval::Arguments),
+    /// Tell what images show, with early exit.
+    Infer(infer::Arguments),
     /// List the registered models, or show one.
     #[command(subcommand)]
     Model(models::Command),
@@ -56,6 +59,7 @@ impl Tool {
             Self::BenchStep(options) => options.threads,
             Self::BenchExits(options) => options.threads,
             Self::Eval(arguments) => arguments.threads,
+            Self::Infer(arguments) => arguments.threads,
             Self::Import(_) | Self::Export(_) | Self::Model(_) | Self::BenchCheckpoint(_) => 1,
         }
     }
@@ -69,6 +73,7 @@ impl Tool {
             Self::Import(arguments) => import::run(arguments).await,
             Self::Export(arguments) => export::run(arguments).await,
             Self::Eval(arguments) => eval::run(arguments).await,
+            Self::Infer(arguments) => infer::run(arguments).await,
             Self::Model(command) => models::run(&command),
             Self::BenchStep(options) => {
                 let report = bench::run(&options)?;
@@ -93,6 +98,11 @@ impl Tool {
             }
         }
     }
+}
+
+/// The content of a file of weights: of torch.save, or .safetensors. Nothing in it is run.
+pub(crate) fn read_weights(file: &Path) -> Result<checkpoint::pth::Value> {
+    import::read(file)
 }
 
 /// A line on the standard output, for people and scripts.

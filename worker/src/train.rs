@@ -2,6 +2,7 @@
 //!
 //! It obeys between two virtual ranks and waits for nobody but its peers.
 
+mod beginning;
 mod blame;
 pub(crate) mod checkpoints;
 mod device_step;
@@ -276,6 +277,7 @@ impl Trainer {
             Err(reason) => return self.say(Notice::Failed { reason }),
         };
         self.progress.enter(StepPhase::Idle);
+        self.say(Notice::Ready);
         while let Ok(formation) = formations.recv() {
             if let Err(interrupted) = training.take_part(&self, &formation) {
                 training.interrupted(&self, &formation.group, &interrupted);
@@ -419,7 +421,8 @@ impl Training {
         let held = forming::all_gather(peers, &self.state)?;
         let digest = match forming::origin(&held, group.checkpoint) {
             Origin::Initial => {
-                self.state.initialize(self.setup.recipe.seed);
+                beginning::begin(&mut self.state, &self.setup.recipe)
+                    .map_err(|error| Interrupted::Fatal { reason: chain(&error) })?;
                 self.state.digest()
             }
             Origin::Checkpoint(step) => {

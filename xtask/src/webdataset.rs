@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::process;
 use crate::workspace::Workspace;
+use crate::{process, setup};
 
 const LIBRARY: [&str; 2] = ["webdataset==1.0.2", "numpy==1.26.4"];
 const SCRIPT: &str = include_str!("webdataset.py");
@@ -26,7 +26,7 @@ pub(crate) struct Options {
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let python = match &options.python {
         Some(python) => python.clone(),
-        None => prepare_python(workspace)?,
+        None => setup::python_with(workspace, "webdataset", "import webdataset", &LIBRARY)?,
     };
     for (shard, samples) in SHARDS {
         let path = workspace.root.join("shards/datasets/digits").join(shard);
@@ -36,19 +36,6 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         println!("webdataset: {shard}, {samples} samples");
     }
     Ok(())
-}
-
-fn prepare_python(workspace: &Workspace) -> Result<PathBuf> {
-    let folder = workspace.cache.join("webdataset");
-    let python = folder.join("bin/python");
-    if process::answers(workspace.command(&python).args(["-c", "import webdataset"])) {
-        return Ok(python);
-    }
-    process::output(workspace.command("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-    let pip = ["-m", "pip", "install", "--quiet"];
-    process::output(workspace.command(&python).args(pip).args(LIBRARY))
-        .context("webdataset cannot be installed; --python names a Python that has it")?;
-    Ok(python)
 }
 
 /// Every sample once, in order, with an image and a class of a digit.

@@ -1,4 +1,4 @@
-//! `percheron drain` and `percheron resize`: who takes part in a run that is on.
+//! `percheron drain`, `resize` and `readmit`: who takes part in a run that is on.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -29,6 +29,17 @@ pub(crate) struct Resize {
     workers: u32,
 }
 
+/// `percheron readmit`.
+#[derive(Debug, Args)]
+pub(crate) struct Readmit {
+    /// The folder of the run.
+    #[arg(value_name = "RUN_DIR")]
+    run_dir: PathBuf,
+    /// The machine's name (see `percheron incidents`).
+    #[arg(value_name = "NODE")]
+    node: String,
+}
+
 pub(crate) async fn drain(arguments: Drain) -> Result<ExitCode> {
     let Drain { run_dir, worker } = arguments;
     Client::of(&RunDir::at(&run_dir)?)?.drain(&worker).await?;
@@ -40,5 +51,12 @@ pub(crate) async fn resize(arguments: Resize) -> Result<ExitCode> {
     let Resize { run_dir, workers } = arguments;
     Client::of(&RunDir::at(&run_dir)?)?.resize(workers).await?;
     print::out(&format!("the run goes on with {workers} workers, as soon as they are there"));
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn readmit(arguments: Readmit) -> Result<ExitCode> {
+    let Readmit { run_dir, node } = arguments;
+    Client::of(&RunDir::at(&run_dir)?)?.readmit(&node).await?;
+    print::out(&format!("workers of machine {node} are let in again"));
     Ok(ExitCode::SUCCESS)
 }

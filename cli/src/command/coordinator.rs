@@ -54,6 +54,9 @@ pub(crate) struct Arguments {
     /// Write the address that is listened on into this file, in one piece.
     #[arg(long, value_name = "FILE")]
     addr_file: Option<PathBuf>,
+    /// Where to answer over HTTP, HOST:PORT: /metrics for Prometheus, /healthz.
+    #[arg(long, value_name = "ADDRESS", env = "PERCHERON_HTTP")]
+    http: Option<SocketAddr>,
     /// The event log of the run in a store, s3://BUCKET/PREFIX or a folder that all nodes see: whoever leads
     /// holds a lease there [default: what the run in --run-dir began with, or a database in --run-dir].
     #[arg(long, value_name = "LOCATION")]
@@ -103,8 +106,12 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         // Only now: who stands by lets nobody in.
         let listener =
             socket.listen(BACKLOG).with_context(|| format!("cannot listen on {listen}"))?;
+        let http = match arguments.http {
+            Some(at) => listen_http(at, arguments.standby).await?,
+            None => None,
+        };
         lead(health.as_ref(), true).await;
-        let outcome = leader.serve(listener).await;
+        let outcome = leader.serve_with(listener, http).await;
         lead(health.as_ref(), false).await;
         if arguments.linger && matches!(outcome, Ok(Outcome::Finished { .. })) {
             tracing::info!("the run is finished; staying until asked to stop");
@@ -136,6 +143,19 @@ async fn health(address: Option<SocketAddr>) -> Result<Option<Health>> {
 async fn lead(health: Option<&Health>, leads: bool) {
     if let Some(health) = health {
         health.leads(leads).await;
+    }
+}
+
+/// The port is taken by who leads. Who takes over from a leader that only sleeps may find it in use, and leads without.
+async fn listen_http(at: SocketAddr, standby: bool) -> Result<Option<TcpListener>> {
+    let listener = TcpListener::bind(at).await;
+    match listener.with_context(|| format!("--http: cannot listen on {at}")) {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if standby => {
+            tracing::warn!("{error:#}; this coordinator leads without");
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 

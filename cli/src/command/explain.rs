@@ -82,7 +82,7 @@ mod tests {
         let expected: [Vec<&str>; 9] = [
             vec!["heartbeat", "0.25"],
             vec!["suspicion", "0.5"],
-            vec!["lease", "2.5"],
+            vec!["lease", "2"],
             vec!["form", "5"],
             vec!["progress", "5"],
             vec!["max_recovery", "10"],

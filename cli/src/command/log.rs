@@ -42,8 +42,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         for entry in &entries {
             let began = *began.get_or_insert(entry.at);
             print::out(&line(entry, began, arguments.json)?);
-            has_ended =
-                matches!(entry.record, Record::RunFinished { .. } | Record::RunFailed { .. });
+            has_ended = entry.record.ends_the_run();
             next = entry.sequence + 1;
         }
         if !arguments.follow || has_ended {

@@ -55,7 +55,7 @@ pub(crate) struct Provenance {
 #[derive(Debug, Args)]
 pub(crate) struct Pack {
     /// A folder of class folders with .jpg, .jpeg and .png files; or WebDataset's or ImageNet's tars: one,
-    /// or a folder of them.
+    /// or a folder of them. Also s3://BUCKET/PREFIX of either.
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// The folder of the dataset, made if it is not there, or s3://BUCKET/PREFIX. A split that is there is not
@@ -77,7 +77,7 @@ pub(crate) struct Pack {
 
 #[derive(Debug, Args)]
 pub(crate) struct Index {
-    /// The folder of the tars: KEY.jpg with KEY.cls, and if there is one a classes.txt with a name a line.
+    /// The folder of the tars, or s3://BUCKET/PREFIX: KEY.jpg with KEY.cls, and if there is one a classes.txt with a name a line.
     #[arg(value_name = "DIR")]
     folder: PathBuf,
     /// Name of the split: letters, digits, '-' and '_'.
@@ -192,7 +192,23 @@ fn run_pack(arguments: Pack) -> Result<()> {
         manifest.provenance.converted,
         manifest.provenance.skipped.len(),
     ));
+    odd_images(&manifest).iter().for_each(|note| print::err(note));
     Ok(())
+}
+
+/// What people may want to know of the images of a split that was just packed, a line each.
+pub(super) fn odd_images(manifest: &Manifest) -> Vec<String> {
+    let (split, provenance) = (&manifest.split, &manifest.provenance);
+    let line = |count: u64, what: &str| {
+        (count > 0)
+            .then(|| format!("note: {} images of split {split} {what}", print::grouped(count)))
+    };
+    let cmyk = line(provenance.cmyk, "are CMYK: they are kept, and shown as Pillow converts them");
+    let deep = line(
+        provenance.deep,
+        "have 16 bits a channel: the upper eight are kept, the lower dropped",
+    );
+    cmyk.into_iter().chain(deep).collect()
 }
 
 fn run_index(arguments: Index) -> Result<()> {

@@ -1,8 +1,8 @@
 //! `percheron train`: the original training script's command line, which becomes what `percheron up` does.
 
-mod data;
+pub(super) mod data;
 mod flags;
-mod journal;
+pub(super) mod journal;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -15,7 +15,7 @@ use self::{
     flags::{FLAGS, Line, Means},
 };
 use crate::{
-    command::{up, worker},
+    command::{curves, up, worker},
     print,
     run_dir::RunDir,
     up::{Request, worker_program},
@@ -65,9 +65,6 @@ fn refuse(line: &Line) -> Result<()> {
         decay.parse() == Ok(1.0),
         "--layer_decay {decay}: it must be 1.0; the original has layer decay for ConvNeXt alone"
     );
-    if let Some(file) = line.word("finetune").filter(|file| !file.is_empty()) {
-        bail!("--finetune {file}: a run cannot begin from other weights yet; train without it");
-    }
     if let Some(file) = line.word("resume").filter(|file| !file.is_empty()) {
         bail!(
             "--resume {file}: a run goes on from its own newest checkpoint: give its folder as \
@@ -111,6 +108,7 @@ fn resolve(line: &Line, data: &Data) -> Result<Recipe> {
         }
     }
     of_command(line, data, base.is_none(), &mut lay);
+    finetune(line, &mut lay)?;
     let no_aa = line
         .words("aa")
         .is_some_and(|words| flags::flag("aa").and_then(|aa| aa.toml(words)).is_none());
@@ -122,6 +120,23 @@ fn resolve(line: &Line, data: &Data) -> Result<Recipe> {
         Some(name) => Recipe::load(name, &sets)?,
         None => Recipe::from_toml("that the flags make", "", &sets)?,
     })
+}
+
+/// The weights that the run begins from: the file, pinned by its digest, and where in it they are.
+fn finetune(line: &Line, lay: &mut dyn FnMut(&str, &str)) -> Result<()> {
+    let Some(file) = line.word_or_default("finetune") else { return Ok(()) };
+    let path = std::path::absolute(file).with_context(|| format!("--finetune {file}"))?;
+    let bytes = std::fs::read(&path).with_context(|| format!("--finetune {file}"))?;
+    let path = path.to_str().with_context(|| format!("--finetune {file}: it is not UTF-8"))?;
+    let text = |text: &str| toml::Value::String(text.to_owned());
+    lay("finetune.file", &text(path).to_string());
+    lay("finetune.sha256", &text(&shards::Sha256::of(&bytes).to_string()).to_string());
+    let keys = line.word_or_default("model_key").unwrap_or_default();
+    let keys: Vec<toml::Value> =
+        keys.split(['|', ',']).map(str::trim).filter(|key| !key.is_empty()).map(text).collect();
+    lay("finetune.keys", &toml::Value::Array(keys).to_string());
+    lay("finetune.prefix", &text(line.word("model_prefix").unwrap_or_default()).to_string());
+    Ok(())
 }
 
 /// The flags that are no plain key.
@@ -179,6 +194,11 @@ impl Plan {
             line.is_on("model_ema") && !line.is_on("model_ema_eval"),
             "--model_ema_eval false: the average is evaluated with the weights",
         );
+        note(
+            !self.recipe.finetune.is_off(),
+            "--finetune: tensors of other names stay random, and so do those that depend on the classes if the \
+             classes are others; the workers' logs name them",
+        );
         note(line.is_on("use_amp"), "--use_amp: products are in bf16, which needs no loss scaling");
         note(
             line.has("clip_grad"),
@@ -227,6 +247,7 @@ impl Plan {
             run_dir: output,
             checkpoints: None,
             sets: Vec::new(),
+            standbys: 0,
             chaos: None,
             json,
             quarantine: false,
@@ -238,7 +259,7 @@ impl Plan {
         super::in_runtime(async move {
             let (code, dir) = up::carry_out(request).await?;
             if let Some(dir) = dir {
-                journal::write(&RunDir::at(&dir)?, &worker_program).await?;
+                curves::write(&RunDir::at(&dir)?, &worker_program).await?;
             }
             Ok(code)
         })

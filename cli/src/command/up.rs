@@ -7,13 +7,14 @@ use clap::Args;
 
 use crate::{
     print,
+    run_dir::STANDBYS_MAX,
     up::{Ending, Request, Start, Summary, prepare, supervise, words},
 };
 
 pub(super) const AFTER_HELP: &str = "\
 The folder of the run holds its recipe, its event log, its checkpoints and, in logs/, what coordinator \
-and workers write. Ctrl-C stops a run; the same command with --run-dir goes on from the newest \
-checkpoint, and the result has the same bits.
+and workers write. Ctrl-C keeps the state and stops a run, once more stops it at once; the same command with \
+--run-dir goes on from the newest checkpoint, and the result has the same bits.
 
 Ends with 0 if the run is finished, 130 if it was stopped, 2 for wrong usage, else 1.";
 
@@ -40,6 +41,10 @@ pub(crate) struct Arguments {
     /// with [default: a database in the folder of the run].
     #[arg(long, value_name = "LOCATION")]
     log: Option<String>,
+    /// How many more coordinators to start beside the one that leads: one of them takes over when it is silent.
+    /// Needs an event log in a store (--log).
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=i64::from(STANDBYS_MAX)))]
+    standbys: u32,
     /// Lay a value over the recipe, such as `seed=7` or `ema.decay=0.99`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -65,7 +70,7 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { recipe, workers, run_dir, checkpoints, sets, chaos, quarantine, json, .. } =
         arguments;
-    let Arguments { devices, transport, log, .. } = arguments;
+    let Arguments { devices, transport, log, standbys, .. } = arguments;
     let ready = None;
     let asked = Request {
         recipe,
@@ -74,6 +79,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         run_dir,
         checkpoints,
         log,
+        standbys,
         sets,
         chaos,
         json,

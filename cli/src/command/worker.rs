@@ -5,6 +5,7 @@ use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::Args;
 
+use super::train::data::for_evaluation;
 use crate::up::worker_program;
 
 #[derive(Debug, Args)]
@@ -22,6 +23,12 @@ pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
 /// `percheron TOOL`: what needs the network but no run.
 pub(crate) fn run_tool(tool: &str, arguments: Arguments) -> Result<ExitCode> {
     hand_over(Some(tool), "percheron", arguments)
+}
+
+/// `percheron eval`: on shards, or on an image folder, which is packed first.
+pub(crate) fn run_eval(arguments: Arguments) -> Result<ExitCode> {
+    let arguments = for_evaluation(arguments.arguments)?;
+    run_tool("eval", Arguments { arguments })
 }
 
 /// Becomes `percheron-worker`, which calls itself `name` in its help.

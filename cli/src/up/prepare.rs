@@ -33,6 +33,8 @@ pub(crate) struct Request {
     pub(crate) checkpoints: Option<String>,
     /// Where a new run keeps its event log, if not in its folder.
     pub(crate) log: Option<String>,
+    /// Coordinators that stand by.
+    pub(crate) standbys: u32,
     pub(crate) sets: Vec<String>,
     pub(crate) chaos: Option<String>,
     pub(crate) json: bool,
@@ -51,6 +53,8 @@ pub(crate) struct Prepared {
     pub(crate) lock: Lock,
     pub(crate) plan: RunConfig,
     pub(crate) token: String,
+    /// Coordinators that stand by.
+    pub(crate) standbys: u32,
     /// What its workers compute on and by.
     pub(crate) means: Means,
     pub(crate) chaos: Chaos,
@@ -84,6 +88,7 @@ pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
     if let (Some(dir), Contents::Run(stored)) = (&given, &stored) {
         check_same(dir, stored, &recipe)?;
     }
+    check_standbys(&request, given.as_ref(), &stored)?;
     let samples = check_dataset(&recipe)?;
     let run = match &given {
         Some(dir) => dir.run()?,
@@ -126,10 +131,20 @@ pub(crate) async fn prepare(mut request: Request) -> Result<Start> {
     plan.run = dir.run()?;
     dir.write(&plan.run, &recipe, request.checkpoints.as_deref(), request.log.as_deref())?;
     let token = dir.read_token()?;
-    let Request { json, devices, transport, .. } = request;
+    let Request { json, devices, transport, standbys, .. } = request;
     let means = Means { threads: recipe.threads, devices, transport };
-    let prepared = Prepared { dir, lock, plan, token, means, chaos, json, worker_program, report };
-    Ok(Start::Run(Box::new(prepared)))
+    Ok(Start::Run(Box::new(Prepared {
+        dir,
+        lock,
+        plan,
+        token,
+        standbys,
+        means,
+        chaos,
+        json,
+        worker_program,
+        report,
+    })))
 }
 
 /// The recipe that is asked for, with a location that means the same from everywhere.
@@ -187,6 +202,26 @@ fn check_same_place(dir: &RunDir, asked: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// Who stands by must be able to read the log.
+fn check_standbys(request: &Request, dir: Option<&RunDir>, stored: &Contents) -> Result<()> {
+    if request.standbys == 0 || request.log.is_some() {
+        return Ok(());
+    }
+    let begun = dir.filter(|_| *stored != Contents::Nothing);
+    if let Some(dir) = begun
+        && dir.shared_log()?.is_some()
+    {
+        return Ok(());
+    }
+    let advice = match begun {
+        Some(dir) => {
+            format!("and the run in {dir} keeps it in a file of its folder: leave --standbys out")
+        }
+        None => "say --log LOCATION".to_owned(),
+    };
+    bail!("--standbys needs an event log that several coordinators can read: {advice}")
+}
+
 /// A run stays with its log.
 fn check_same_log(dir: &RunDir, asked: Option<&str>) -> Result<()> {
     let stored = dir.shared_log()?;
@@ -234,12 +269,10 @@ fn check_dataset(recipe: &Recipe) -> Result<u64> {
     };
     let train = open("train", &recipe.data.train)?;
     let validation = open("validation", &recipe.data.validation)?;
-    if train.classes() != validation.classes() {
+    if let Some((there, missing, class)) = difference(&train, &validation) {
         bail!(
-            "dataset {location}: the splits {:?} and {:?} have different classes: pack both from the \
-             same class folders",
-            recipe.data.train,
-            recipe.data.validation
+            "dataset {location}: the splits have different classes: {there:?} has {class:?} and {missing:?} \
+             has not: pack both from the same class folders"
         );
     }
     let (found, classes) = (train.classes().len(), recipe.model.classes);
@@ -250,6 +283,22 @@ fn check_dataset(recipe: &Recipe) -> Result<u64> {
         );
     }
     Ok(train.len())
+}
+
+/// The split that has a class which the other has not, the other, and the first such class. The same classes in
+/// another order are none too.
+fn difference<'d>(a: &'d Dataset, b: &'d Dataset) -> Option<(&'d str, &'d str, &'d str)> {
+    let name = |dataset: &'d Dataset| dataset.manifest().split.as_str();
+    let lacks = |there: &'d Dataset, missing: &'d Dataset| {
+        let classes = there.classes().iter();
+        let class = classes.clone().find(|class| !missing.classes().contains(class))?;
+        Some((name(there), name(missing), class.as_str()))
+    };
+    let moved = || {
+        let (class, _) = a.classes().iter().zip(b.classes()).find(|(a, b)| a != b)?;
+        Some((name(a), name(b), class.as_str()))
+    };
+    lacks(a, b).or_else(|| lacks(b, a)).or_else(moved)
 }
 
 /// What is there of a run that was begun: its log, and the checkpoint that it would go on from.

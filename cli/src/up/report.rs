@@ -133,6 +133,8 @@ impl Report {
             | Record::FingerprintFixed { .. }
             | Record::WorkerJoined { .. }
             | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
             | Record::WorkerLost { .. }
             | Record::ExchangeLost { .. }
             | Record::CheckpointCommitted { .. }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use cluster::{Outcome, Record, RunConfig, Timestamp, WorkerId};
+use cluster::{Outcome, Record, RunConfig, Step, Timestamp, WorkerId};
 use coordinator::Entry;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -17,11 +17,11 @@ use tokio::{
     task::JoinHandle,
 };
 
-use self::children::{Coordinator, Worker};
+use self::children::{Seat, Worker};
 use crate::{
     client::{self, Client},
     history, print,
-    run_dir::{Lock, RunDir},
+    run_dir::{Lock, RunDir, coordinator_name},
     up::{
         chaos::{Chaos, Deed, Disturbance, victim},
         face::{Face, Position},
@@ -29,7 +29,7 @@ use crate::{
         prepare::Prepared,
         process::End,
         report::{Report, Summary, worker_number},
-        rules::{self, CoordinatorRules, WorkerEnd, WorkerRules},
+        rules::{self, WorkerEnd, WorkerRules},
         watch::{self, News},
         words,
     },
@@ -40,6 +40,8 @@ const HAPPENINGS_MAX: usize = 1024;
 /// A worker that ends in order near the end of the run does so because the run is finished: the log is
 /// about to say so.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a run that is to stop may take to keep its state.
+const LAST_CHECKPOINT_MAX: Duration = Duration::from_secs(20);
 /// A report to a coordinator that is away is tried again after so long.
 const REPORT_RETRY: Duration = Duration::from_millis(100);
 
@@ -57,18 +59,30 @@ pub(crate) enum Ending {
 pub(crate) enum Happening {
     /// From the coordinator.
     News(News),
-    /// The coordinator listens here.
-    Serving(String),
-    /// The coordinator's process ended.
-    CoordinatorEnded(End),
-    /// The time to start the coordinator again has come.
-    CoordinatorDue,
+    /// A coordinator listens here, or will when it leads.
+    Serving(u32, String),
+    /// The process of a coordinator ended.
+    CoordinatorEnded(u32, End),
+    /// The time to start a coordinator again has come.
+    CoordinatorDue(u32),
     /// The process of a worker ended.
     WorkerEnded(u32, End),
     /// The time to look for missing workers has come.
     WorkersDue,
     /// Somebody wants the run to stop.
     Interrupted,
+    /// The state after this step is about to be kept, and then the run stops; none if that cannot be.
+    LastKept(Option<Step>),
+}
+
+/// Whether the run is to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopping {
+    No,
+    /// The coordinator has been asked to keep the state.
+    Asked,
+    /// When the state after this step is kept.
+    After(Step),
 }
 
 /// Why the loop is left.
@@ -91,9 +105,8 @@ struct Supervisor {
     chaos: Chaos,
     face: Face,
     happenings: mpsc::Sender<Happening>,
-    coordinator: Option<Coordinator>,
-    coordinator_rules: CoordinatorRules,
-    address: Option<String>,
+    /// By seat; all that stand by can lead.
+    seats: Vec<Seat>,
     client: Option<Client>,
     workers: BTreeMap<u32, Worker>,
     workers_next: u32,
@@ -102,6 +115,7 @@ struct Supervisor {
     /// Workers that ended before the log had said who they are, with how.
     unknown: BTreeMap<u32, String>,
     tasks: Vec<JoinHandle<()>>,
+    stopping: Stopping,
 }
 
 /// Trains until the run has ended or somebody wants it to stop.
@@ -109,22 +123,22 @@ struct Supervisor {
 /// # Errors
 /// Why the run failed or was given up. No process is left.
 pub(crate) async fn supervise(prepared: Prepared) -> Result<Ending> {
-    let Prepared { dir, lock, plan, token, means, chaos, json, worker_program, report } = prepared;
+    let Prepared { dir, lock, plan, token, standbys, means, .. } = prepared;
+    let Prepared { chaos, json, worker_program, report, .. } = prepared;
     let workers = plan.workers_expected;
     let (happenings, mut receiver) = mpsc::channel(HAPPENINGS_MAX);
     let mut supervisor = Supervisor {
         face: Face::new(json, plan.steps_total.0, plan.steps_per_epoch),
         _lock: lock,
         worker_rules: WorkerRules::new(plan.workers_min),
-        coordinator_rules: CoordinatorRules::default(),
-        coordinator: None,
-        address: None,
+        seats: (0..=standbys).map(|_| Seat::default()).collect(),
         client: None,
         workers: BTreeMap::new(),
         workers_next: 0,
         ids: BTreeMap::new(),
         unknown: BTreeMap::new(),
         tasks: Vec::new(),
+        stopping: Stopping::No,
         dir,
         plan,
         token,
@@ -136,7 +150,8 @@ pub(crate) async fn supervise(prepared: Prepared) -> Result<Ending> {
     };
     supervisor.announce(workers);
     supervisor.listen_for_signals()?;
-    let exit = match supervisor.start_coordinator() {
+    let started = (0..=standbys).try_for_each(|seat| supervisor.start_coordinator(seat));
+    let exit = match started {
         Ok(()) => supervisor.run(&mut receiver).await,
         Err(error) => Exit::GaveUp(error),
     };
@@ -162,14 +177,49 @@ impl Supervisor {
             Happening::News(News::Lost(error)) => {
                 return Err(error.context("the run cannot be followed"));
             }
-            Happening::Serving(address) => self.serving(address)?,
-            Happening::CoordinatorEnded(end) => return self.coordinator_ended(&end),
-            Happening::CoordinatorDue => self.start_coordinator()?,
+            Happening::Serving(seat, address) => self.serving(seat, address)?,
+            Happening::CoordinatorEnded(seat, end) => return self.coordinator_ended(seat, &end),
+            Happening::CoordinatorDue(seat) => self.start_coordinator(seat)?,
             Happening::WorkerEnded(number, end) => self.worker_ended(number, &end)?,
             Happening::WorkersDue => self.replace_workers()?,
-            Happening::Interrupted => return Ok(Some(Exit::Interrupted)),
+            Happening::Interrupted => return Ok(self.interrupted()),
+            Happening::LastKept(step) => return Ok(self.last_kept(step)),
         }
         Ok(None)
+    }
+
+    /// The state is kept before the processes end; whoever asks again does not want to wait for it.
+    fn interrupted(&mut self) -> Option<Exit> {
+        let ledger = self.report.ledger();
+        let is_kept = ledger.checkpoints.last().is_some_and(|&kept| kept >= ledger.canonical);
+        let is_idle = is_kept || ledger.canonical == Step(0) || self.workers.is_empty();
+        let client = self.client.clone().filter(|_| !is_idle && self.stopping == Stopping::No);
+        let Some(client) = client else { return Some(Exit::Interrupted) };
+        self.stopping = Stopping::Asked;
+        self.face.line("the state is kept before the run stops; once more to stop at once");
+        let happenings = self.happenings.clone();
+        self.tasks.push(tokio::spawn(async move {
+            let step = client.checkpoint().await.ok();
+            happenings.send(Happening::LastKept(step)).await.ok(); // It may have stopped meanwhile.
+        }));
+        self.later(LAST_CHECKPOINT_MAX, Happening::LastKept(None));
+        None
+    }
+
+    fn last_kept(&mut self, step: Option<Step>) -> Option<Exit> {
+        let Some(step) = step else {
+            self.face.line("the state could not be kept before the run stops");
+            return Some(Exit::Interrupted);
+        };
+        self.stopping = Stopping::After(step);
+        self.stops_now().then_some(Exit::Interrupted)
+    }
+
+    /// Whether the run was to stop after a checkpoint that is there, or will not be.
+    fn stops_now(&self) -> bool {
+        let Stopping::After(step) = self.stopping else { return false };
+        let ledger = self.report.ledger();
+        ledger.checkpoints.last().is_some_and(|&kept| kept >= step)
     }
 
     fn announce(&self, workers: u32) {
@@ -230,6 +280,8 @@ impl Supervisor {
             | Record::TermStarted { .. }
             | Record::FingerprintFixed { .. }
             | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
             | Record::ExchangeLost { .. }
             | Record::GenerationOpened { .. }
             | Record::GenerationFormed { .. }
@@ -239,7 +291,8 @@ impl Supervisor {
             | Record::RunFinished { .. }
             | Record::RunFailed { .. } => {}
         }
-        Ok(self.report.ledger().outcome.clone().map(Exit::Ended))
+        let ended = self.report.ledger().outcome.clone().map(Exit::Ended);
+        Ok(ended.or_else(|| self.stops_now().then_some(Exit::Interrupted)))
     }
 
     /// Learns who a worker is; if it has ended meanwhile, the coordinator is told now.
@@ -315,8 +368,9 @@ impl Supervisor {
         Ok(())
     }
 
-    fn coordinator_ended(&mut self, end: &End) -> Result<Option<Exit>> {
-        let Some(coordinator) = self.coordinator.take() else { return Ok(None) };
+    fn coordinator_ended(&mut self, number: u32, end: &End) -> Result<Option<Exit>> {
+        let Some(coordinator) = self.seat(number).coordinator.take() else { return Ok(None) };
+        let name = coordinator_name(number);
         let how = rules::in_words(end.status);
         if end.status.code().is_some()
             && let Some(exit) = self.read_rest()?
@@ -324,15 +378,15 @@ impl Supervisor {
             return Ok(Some(exit));
         }
         let why = end.last_error.as_deref().unwrap_or(&how);
-        let Some(delay) = self.coordinator_rules.ended(end.lived, coordinator.staged) else {
-            let log = self.dir.process_log("coordinator");
-            bail!("the coordinator cannot be kept up: {why}; see {}", log.display());
+        let Some(delay) = self.seat(number).rules.ended(end.lived, coordinator.staged) else {
+            let log = self.dir.process_log(&name);
+            bail!("the {name} cannot be kept up: {why}; see {}", log.display());
         };
-        self.face.line(&format!("the coordinator ended ({why}) and is started again"));
+        self.face.line(&format!("the {name} ended ({why}) and is started again"));
         if delay.is_zero() {
-            self.start_coordinator()?;
+            self.start_coordinator(number)?;
         } else {
-            self.later(delay, Happening::CoordinatorDue);
+            self.later(delay, Happening::CoordinatorDue(number));
         }
         Ok(None)
     }
@@ -364,7 +418,7 @@ impl Supervisor {
     fn disturb(&mut self) -> Result<()> {
         let adopted = self.report.ledger().canonical;
         loop {
-            let (workers, coordinator) = (self.live_workers().len(), self.coordinator.is_some());
+            let (workers, coordinator) = (self.live_workers().len(), self.leader().is_some());
             let Some(disturbance) = self.chaos.due(adopted, workers, coordinator) else {
                 return Ok(());
             };
@@ -377,8 +431,9 @@ impl Supervisor {
         let what = match deed {
             Deed::Join => format!("worker-{} is started", self.start_worker()?),
             Deed::KillCoordinator => {
-                let coordinator = self.coordinator.as_mut().expect("it was there just before");
-                coordinator.kill();
+                let number = self.leader().expect("it was there just before");
+                let coordinator = self.seat(number).coordinator.as_mut();
+                coordinator.expect("its seat is taken").kill();
                 "the coordinator is killed".to_owned()
             }
             Deed::Kill | Deed::Stop => {

@@ -41,6 +41,10 @@ pub(crate) fn describe(record: &Record, ledger: &Ledger) -> Option<String> {
             )
         }
         Record::CheckpointCommitted { step } => format!("step {step}: checkpoint kept"),
+        Record::NodeMarked { node, reason, .. } => {
+            format!("machine {node} is faulty, no worker of it is let in: {reason}")
+        }
+        Record::NodeReadmitted { node } => format!("machine {node} is whole again, as asked"),
         Record::Resized { workers } => format!("{workers} workers are to take part, as asked"),
         Record::CheckpointAbandoned { step, reason } => {
             format!("step {step}: checkpoint given up: {reason}")

@@ -14,6 +14,13 @@ pub(crate) const STEPS: u64 = 8;
 pub(crate) fn command(run_dir: &Path, workers: u32) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_percheron"));
     command.args(["up", "--recipe", "digits", "--json", "--workers", &workers.to_string()]);
+    set(&mut command);
+    command.arg("--run-dir").arg(run_dir).stdin(Stdio::null());
+    command
+}
+
+/// Lays what makes the recipe short over it.
+pub(crate) fn set(command: &mut Command) {
     for set in [
         &format!("max_steps={STEPS}"),
         "batch_size=2",
@@ -25,8 +32,6 @@ pub(crate) fn command(run_dir: &Path, workers: u32) -> Command {
     ] {
         command.args(["--set", set]);
     }
-    command.arg("--run-dir").arg(run_dir).stdin(Stdio::null());
-    command
 }
 
 /// The last line of `--json` of a run that succeeded; `name` is for the message if it did not.

@@ -66,10 +66,33 @@ impl Coordinator {
         }
     }
 
+    /// A worker says that its machine is broken. It is lost, as its next result cannot be trusted, and none of
+    /// that machine is let in again. Others that are there already go on until they fail themselves.
+    pub(super) fn node_faulty(&mut self, now: Timestamp, worker: WorkerId, reason: String) {
+        let Some(known) = self.workers.find(worker) else { return };
+        let (node, name) = (known.node.clone(), known.name.clone());
+        let cause = format!("its machine is faulty: {reason}");
+        if !node.is_empty() && !self.ledger.faulty.contains_key(&node) {
+            self.record(Record::NodeMarked { node, name, reason });
+        }
+        self.workers_lost(now, &[worker], &cause);
+    }
+
+    pub(super) fn readmit(&mut self, node: String) {
+        if self.ledger.faulty.contains_key(&node) {
+            self.record(Record::NodeReadmitted { node });
+        }
+    }
+
     /// A worker is to leave without loss: with the next planned change, or at once if it has no part.
+    ///
+    /// If nobody stays, the state is kept soon: those who asked will not be waited for long.
     pub(super) fn drain(&mut self, worker: WorkerId) {
         let Some(known) = self.workers.find_mut(worker) else { return };
-        known.draining = true;
+        let is_news = !std::mem::replace(&mut known.draining, true);
+        if is_news && self.workers.iter().all(|(_, known)| known.draining) {
+            self.keep_soon();
+        }
         self.unsettled = true;
         if !self.is_member(worker) && !self.ledger.holds_state(worker) {
             self.send(worker, Order::Form(self.group()));
@@ -228,7 +251,8 @@ impl Coordinator {
         // Whoever falls silent on its way out has not left, and keeps the others in its step.
         let is_in_step = |worker: &WorkerId| !self.turned && self.ledger.holds_state(*worker);
         let holds_up = silent.iter().any(is_in_step) && matches!(self.phase, Phase::Forming { .. });
-        self.workers_lost(now, &silent, &format!("it said nothing for {lease:?}"));
+        let causes: Vec<_> = silent.iter().map(|&worker| self.silence(worker, lease)).collect();
+        self.workers_lost(now, &silent, &causes.join("; "));
         if holds_up && self.ledger.intact.is_some() {
             self.open_generation(now, false, "a worker fell silent on its way out");
         }
@@ -382,7 +406,8 @@ impl Coordinator {
     pub(super) fn available(&self) -> usize {
         let has_part = |worker| self.is_member(worker) || self.ledger.holds_state(worker);
         let workers = self.workers.iter();
-        let wanted = workers.filter(|(id, worker)| !worker.draining || has_part(*id)).count();
+        let can_take_part = |worker: &Worker| !worker.draining && !worker.preparing;
+        let wanted = workers.filter(|(id, worker)| can_take_part(worker) || has_part(*id)).count();
         self.config.workers_taken(wanted, self.ledger.workers_wanted)
     }
 
@@ -391,7 +416,9 @@ impl Coordinator {
     /// A worker that wants to leave stays until a planned change in which enough others stay and one
     /// of them holds the state too: otherwise the newest state would leave with it.
     pub(super) fn next_members(&self, planned: bool) -> Vec<WorkerId> {
+        // Nobody waits for one that cannot form a generation yet.
         let workers = self.workers.oldest_first();
+        let workers: Vec<_> = workers.into_iter().filter(|(_, w)| !w.preparing).collect();
         let holds = |worker: &WorkerId| self.ledger.holds_state(*worker);
         let has_part = |worker: &WorkerId| self.is_member(*worker) || holds(worker);
         let staying = || workers.iter().filter(|(_, worker)| !worker.draining);

@@ -1,5 +1,7 @@
 //! What follows when members keep others waiting: they are lost by name, or all form anew.
 
+use std::time::Duration;
+
 use super::{Coordinator, Phase};
 use crate::{
     Timestamp, WorkerId,
@@ -80,9 +82,27 @@ impl Coordinator {
         )
     }
 
+    /// Why a worker that fell silent is lost, with what it did when it was last heard.
+    pub(super) fn silence(&self, worker: WorkerId, lease: Duration) -> String {
+        let was_in = self.pace.latest(worker).map_or_else(String::new, |progress| {
+            let applied = progress.applied;
+            let step = applied.map_or_else(String::new, |step| format!(" after step {step}"));
+            format!("it was in {}{step}; ", progress.phase)
+        });
+        format!(
+            "it said nothing for {lease:?} ({}, {}); {was_in}its last event: {}",
+            self.name(worker),
+            self.rank_text(worker),
+            self.pace.last_event(worker),
+        )
+    }
+
     fn rank_text(&self, worker: WorkerId) -> String {
         let members = &self.ledger.members;
-        let rank = members.iter().position(|member| member.worker == worker);
-        rank.map_or_else(|| "on its way out".to_owned(), |rank| format!("rank {rank}"))
+        match members.iter().position(|member| member.worker == worker) {
+            Some(rank) => format!("rank {rank}"),
+            None if self.ledger.holds_state(worker) => "on its way out".to_owned(),
+            None => "without a rank".to_owned(),
+        }
     }
 }

@@ -172,6 +172,8 @@ fn a_log_that_was_numbered_anew_cannot_hide_what_the_proof_rests_on() {
             Record::TermStarted { .. } // A newest term that did nothing leaves no trace.
             | Record::FingerprintFixed { .. }
             | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
             | Record::Resized { .. }
             | Record::WorkerLost { .. }
             | Record::ExchangeLost { .. }

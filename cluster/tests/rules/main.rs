@@ -1,6 +1,7 @@
 //! The rules of the two machines, one test a rule.
 
 mod audit;
+mod faulty;
 mod membership;
 mod participant;
 mod progress;

@@ -1,6 +1,8 @@
 //! Who is in, who is out, and what that costs.
 
-use cluster::{Event, Fingerprint, Generation, Hello, Order, Phase, Record, Step, StepPhase};
+use cluster::{
+    Event, Fingerprint, Generation, Hello, Order, Phase, Record, Report, Step, StepPhase,
+};
 
 use crate::table::*;
 
@@ -133,8 +135,61 @@ fn a_newcomer_that_had_formed_with_the_others_is_a_real_loss_once_that_is_known(
 fn a_closed_session_alone_evicts_nobody_before_the_lease_is_out() {
     let mut table = Table::training(&[A, B]);
     table.close(B);
-    assert_eq!(losses(&table.pass_ms(2_400, &[A])), []);
+    assert_eq!(losses(&table.pass_ms(1_900, &[A])), []);
     assert_eq!(losses(&table.pass_ms(100, &[A])), [B]);
+}
+
+#[test]
+fn who_falls_silent_is_named_with_what_it_did() {
+    let mut table = Table::training(&[A, B]);
+    table.say(B, beat(Generation(1), StepPhase::Reduce));
+    table.pass_ms(2_000, &[A]);
+    let lost = |record: &Record| {
+        let Record::WorkerLost { name, cause, .. } = record else { return None };
+        Some((name.clone(), cause.clone()))
+    };
+    let causes: Vec<_> = table.log.iter().filter_map(lost).collect();
+    let cause = "it said nothing for 2s (B, rank 1); it was in reduce; its last event: it formed \
+                 generation 1 at step 0";
+    assert_eq!(causes, [("B".to_owned(), cause.to_owned())]);
+}
+
+#[test]
+fn nobody_waits_for_a_newcomer_that_cannot_train_yet() {
+    let mut table = Table::training_under(config(1), &[A]);
+    let preparing = Hello { preparing: true, ..hello(B) };
+    let joined = table.handle(Event::WorkerJoined { worker: B, hello: preparing.clone() });
+    assert_eq!(forms(&joined).len(), 0);
+    assert_eq!(losses(&table.pass_ms(5_000, &[A, B])), []);
+    assert_eq!(table.members(), [A]);
+    let forms = forms(&table.say(B, Report::Ready));
+    assert_eq!(forms.keys().copied().collect::<Vec<_>>(), [A, B]);
+    assert!(forms[&A].planned);
+}
+
+#[test]
+fn a_first_generation_waits_until_its_workers_can_train() {
+    let mut table = Table::new(config(2));
+    for worker in [A, B] {
+        let hello = Hello { preparing: true, ..hello(worker) };
+        table.handle(Event::WorkerJoined { worker, hello });
+    }
+    assert_eq!(table.members(), []);
+    table.say(A, Report::Ready);
+    assert_eq!(table.members(), []);
+    // The news that B is ready was lost with its session, and comes with its next greeting.
+    table.return_of(B);
+    assert_eq!(table.members(), [A, B]);
+}
+
+#[test]
+fn a_newcomer_that_dies_before_it_can_train_costs_nothing() {
+    let mut table = Table::training_under(config(1), &[A]);
+    let hello = Hello { preparing: true, ..hello(B) };
+    table.handle(Event::WorkerJoined { worker: B, hello });
+    assert_eq!(forms(&table.close(B)).len(), 0);
+    assert_eq!(table.members(), [A]);
+    table.is_training();
 }
 
 #[test]
@@ -360,7 +415,7 @@ fn a_coordinator_that_slept_forgives() {
     table.pass_ms(500, &[A, B]);
     table.wait_ms(60_000);
     assert_eq!(losses(&table.handle(Event::DeadlineReached)), []);
-    assert_eq!(losses(&table.pass_ms(2_400, &[A])), [], "a whole lease begins anew");
+    assert_eq!(losses(&table.pass_ms(1_900, &[A])), [], "a whole lease begins anew");
     assert_eq!(losses(&table.pass_ms(200, &[A])), [B], "but not for ever");
 }
 

@@ -33,7 +33,7 @@ fn members_that_come_back_go_on_and_those_that_stay_away_are_lost() {
     assert_eq!(forms(&table.return_of(A)).len(), 0);
     table.apply(10);
     assert_eq!(table.coordinator.ledger().canonical, Step(10));
-    assert_eq!(losses(&table.pass_ms(2_400, &[A])), []);
+    assert_eq!(losses(&table.pass_ms(1_900, &[A])), []);
     assert_eq!(losses(&table.pass_ms(100, &[A])), [B]);
     assert_eq!(table.members(), [A]);
 }

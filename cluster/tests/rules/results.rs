@@ -114,6 +114,28 @@ fn a_checkpoint_on_demand_is_a_step_soon_to_come_and_the_plan_goes_on_after_it()
 }
 
 #[test]
+fn when_all_are_asked_to_leave_the_state_is_kept_soon() {
+    let mut table = Table::training(&[A, B]);
+    table.apply(10);
+    let told = |commands: &[Command]| {
+        let named = |order: &Order| {
+            if let Order::CheckpointAt { step, .. } = order { Some(*step) } else { None }
+        };
+        said_to(commands, A).iter().find_map(named)
+    };
+    assert_eq!(told(&table.say(A, leaving())), None, "another stays, and holds the state");
+    assert_eq!(table.coordinator.next_kept(), Some(Step(40)), "as planned");
+    let mut table = Table::training(&[A, B]);
+    table.apply(10);
+    table.drain(A);
+    let commands = table.drain(B);
+    let named = table.coordinator.next_kept().expect("steps are left");
+    assert!(named > Step(11) && named < Step(40), "step {named} is kept");
+    assert!(told(&commands).is_none_or(|told| told == named), "{commands:?}");
+    assert_eq!(table.drain(B), [], "it is named once");
+}
+
+#[test]
 fn a_checkpoint_on_demand_is_never_after_the_last_step() {
     let mut table = Table::training(&[A]);
     table.apply(99);

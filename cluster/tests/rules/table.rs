@@ -13,7 +13,7 @@ pub(crate) const B: WorkerId = WorkerId(0xB);
 pub(crate) const C: WorkerId = WorkerId(0xC);
 pub(crate) const D: WorkerId = WorkerId(0xD);
 
-/// Eight virtual ranks, 100 steps of which 40, 80 and 100 are kept; a lease of 2.5 s.
+/// Eight virtual ranks, 100 steps of which 40, 80 and 100 are kept; a lease of 2 s.
 pub(crate) fn config(workers: u32) -> RunConfig {
     RunConfig {
         run: RunId::try_from("table".to_owned()).expect("the name is plain"),
@@ -35,9 +35,11 @@ pub(crate) fn hello(worker: WorkerId) -> Hello {
     Hello {
         name: name(worker),
         address: format!("{worker}:1"),
+        node: format!("host-{}", name(worker)),
         fingerprint: Fingerprint::default(),
         generation: None,
         applied: None,
+        preparing: false,
     }
 }
 

@@ -30,6 +30,7 @@ pub(crate) struct Worker {
     pub(crate) backlog: Option<Vec<Happening>>,
     /// Whether it ever was: then the time of a phase is no measure of its work.
     pub(crate) was_frozen: bool,
+    is_ready: bool,
     /// Asked to leave, by a person or a signal.
     pub(crate) told_to_leave: bool,
     exit: Option<Exit>,
@@ -76,6 +77,7 @@ impl World {
             said: 0,
             backlog: None,
             was_frozen: false,
+            is_ready: false,
             told_to_leave: false,
             exit: None,
             to_trainer: self.now,
@@ -84,6 +86,8 @@ impl World {
         self.workers.insert(worker, process);
         self.after(0, Happening::Inside { worker, what: Inside::Connect });
         self.after(0, Happening::Inside { worker, what: Inside::Beat });
+        let preparing = self.chance.between(0..=1_500);
+        self.after(preparing, Happening::Inside { worker, what: Inside::Noticed(Notice::Ready) });
         worker
     }
 
@@ -151,9 +155,11 @@ impl World {
         let hello = Hello {
             name: format!("worker-{worker}"),
             address: format!("10.0.0.{}:1", worker.0),
+            node: String::new(),
             fingerprint: Fingerprint::default(),
             generation: process.participant.generation(),
             applied: process.trainer.state.map(|state| state.step),
+            preparing: !process.is_ready,
         };
         let again: Vec<_> = process.outbox.iter().cloned().collect();
         self.send_up(session, Up::Hello(hello));
@@ -210,6 +216,7 @@ impl World {
     // ---- The agent -------------------------------------------------------------------------
 
     fn noticed(&mut self, worker: WorkerId, notice: Notice) {
+        self.process(worker).is_ready |= matches!(notice, Notice::Ready);
         self.tell(|| format!("{worker} notices {notice:?}"));
         let actions = self.process(worker).participant.handle(notice);
         for action in actions {

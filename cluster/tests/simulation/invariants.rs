@@ -271,6 +271,8 @@ impl World {
             | Record::WorkerJoined { .. }
             | Record::FingerprintFixed { .. }
             | Record::WorkerRefused { .. }
+            | Record::NodeMarked { .. }
+            | Record::NodeReadmitted { .. }
             | Record::ExchangeLost { .. }
             | Record::GenerationFormed { .. }
             | Record::Evaluated { .. }

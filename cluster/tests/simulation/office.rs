@@ -399,7 +399,11 @@ fn generation_of(report: &Report) -> Option<Generation> {
         | Report::ShareFailed { generation, .. }
         | Report::CheckpointDamaged { generation, .. }
         | Report::Finished { generation, .. } => Some(*generation),
-        Report::Heartbeat(_) | Report::Leaving { .. } | Report::Failed { .. } => None,
+        Report::Heartbeat(_)
+        | Report::NodeFaulty { .. }
+        | Report::Ready
+        | Report::Leaving { .. }
+        | Report::Failed { .. } => None,
     }
 }
 
@@ -415,12 +419,14 @@ fn relabelled(report: Report, newest: Generation) -> Report {
             Report::Evaluated { generation: newest, evaluation }
         }
         other @ (Report::Heartbeat(_)
+        | Report::Ready
         | Report::Formed { .. }
         | Report::FormFailed { .. }
         | Report::ExchangeLost { .. }
         | Report::ShareWritten { .. }
         | Report::ShareFailed { .. }
         | Report::CheckpointDamaged { .. }
+        | Report::NodeFaulty { .. }
         | Report::Leaving { .. }
         | Report::Failed { .. }) => other,
     }

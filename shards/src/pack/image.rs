@@ -11,6 +11,10 @@ use crate::{
 /// JPEG quality for images that are not JPEG, see [`Policy`](crate::manifest::Policy).
 const CONVERTED_QUALITY: u8 = 100;
 
+/// What files of the two formats begin with.
+const JPEG: &[u8] = b"\xFF\xD8";
+const PNG: &[u8] = b"\x89PNG";
+
 /// What is wrong with a source file.
 #[derive(Debug, thiserror::Error)]
 pub enum CorruptImage {
@@ -23,6 +27,9 @@ pub enum CorruptImage {
     /// A PNG that cannot be decoded.
     #[error("it is a damaged PNG")]
     Png(#[from] png::DecodingError),
+    /// One pixel: a placeholder of a web page, not a picture.
+    #[error("it is a single pixel, which shows nothing")]
+    SinglePixel,
     /// More pixels or bytes than a shard's index can state.
     #[error(
         "{width}x{height} pixels in {bytes} bytes: a side is above 65535 or the file too large"
@@ -45,6 +52,8 @@ pub(crate) struct Image {
     pub(crate) width: u16,
     pub(crate) height: u16,
     pub(crate) flags: Flags,
+    /// Whether it was a PNG of 16 bits a channel, of which the upper eight are kept.
+    pub(crate) deep: bool,
 }
 
 impl Image {
@@ -77,10 +86,12 @@ impl Checker {
     ) -> Result<Image, CorruptImage> {
         if let Some(raw) = raw {
             self.check_jpeg(raw_to_jpeg(contents, raw)?, Flags::RE_ENCODED)
-        } else if contents.starts_with(b"\xFF\xD8") {
+        } else if contents.starts_with(JPEG) {
             self.check_jpeg(contents, Flags::default())
-        } else if contents.starts_with(b"\x89PNG") {
-            self.check_jpeg(png_to_jpeg(&contents)?, Flags::RE_ENCODED)
+        } else if contents.starts_with(PNG) {
+            let (jpeg, depth) = png_to_jpeg(&contents)?;
+            let image = self.check_jpeg(jpeg, Flags::RE_ENCODED)?;
+            Ok(Image { deep: depth == png::BitDepth::Sixteen, ..image })
         } else {
             Err(CorruptImage::UnknownFormat)
         }
@@ -97,8 +108,22 @@ impl Checker {
         let (Ok(length), (Ok(width), Ok(height))) = (u32::try_from(jpeg.len()), sides) else {
             return Err(too_large);
         };
+        if (width, height) == (1, 1) {
+            return Err(CorruptImage::SinglePixel);
+        }
         let flags = flags.with(flags_of(&header));
-        Ok(Image { jpeg, length, width, height, flags })
+        Ok(Image { jpeg, length, width, height, flags, deep: false })
+    }
+}
+
+/// An image file as it would lie in a shard, unchecked.
+pub(crate) fn as_jpeg(contents: Vec<u8>) -> Result<Vec<u8>, CorruptImage> {
+    if contents.starts_with(JPEG) {
+        Ok(contents)
+    } else if contents.starts_with(PNG) {
+        Ok(png_to_jpeg(&contents)?.0)
+    } else {
+        Err(CorruptImage::UnknownFormat)
     }
 }
 
@@ -114,12 +139,14 @@ pub(crate) fn flags_of(header: &Header) -> Flags {
     if header.cmyk { chroma.with(Flags::CMYK) } else { chroma }
 }
 
-/// Decodes a PNG to eight bits, drops its alpha and encodes it at the highest quality.
-fn png_to_jpeg(contents: &[u8]) -> Result<Vec<u8>, CorruptImage> {
+/// Decodes a PNG to eight bits, drops its alpha and encodes it at the highest quality; also says how many bits
+/// a channel had.
+fn png_to_jpeg(contents: &[u8]) -> Result<(Vec<u8>, png::BitDepth), CorruptImage> {
     let mut decoder = png::Decoder::new(Cursor::new(contents));
     decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
     let mut reader = decoder.read_info()?;
     let (width, height) = (reader.info().width as usize, reader.info().height as usize);
+    let depth = reader.info().bit_depth;
     let Some(room) = reader.output_buffer_size().filter(|_| width * height <= jpeg::PIXELS_MAX)
     else {
         return Err(CorruptImage::TooLarge { width, height, bytes: contents.len() });
@@ -133,7 +160,7 @@ fn png_to_jpeg(contents: &[u8]) -> Result<Vec<u8>, CorruptImage> {
         png::ColorType::Rgba => (without_last_of(4, &decoded), Pixels::Rgb),
         png::ColorType::Rgb | png::ColorType::Indexed => (decoded, Pixels::Rgb),
     };
-    Ok(jpeg::encode(&pixels, width, height, layout, CONVERTED_QUALITY)?)
+    Ok((jpeg::encode(&pixels, width, height, layout, CONVERTED_QUALITY)?, depth))
 }
 
 /// Encodes raw pixels at the highest quality.

@@ -7,13 +7,13 @@
 
 use std::{
     ffi::OsStr,
-    fs,
     path::{Path, PathBuf},
 };
 
 use super::{
     PackError,
     scan::{Listing, SourceFile},
+    tree::Tree,
 };
 
 /// How the pixels of one image lie in their file.
@@ -40,30 +40,32 @@ const IDX_LABELS: &str = "labels";
 const CIFAR_SIDE: usize = 32;
 const CIFAR_PIXELS: u64 = 3 * 32 * 32;
 
-/// The images of `source` if it is of one of these kinds.
-pub(super) fn scan(source: &Path) -> Result<Option<Listing>, PackError> {
-    if source.is_file() {
+/// The images of a source if it is of one of these kinds.
+pub(super) fn scan(tree: &Tree) -> Result<Option<Listing>, PackError> {
+    let source = tree.root();
+    if tree.is_file(source) {
         let name = source.file_name().and_then(OsStr::to_str).unwrap_or_default();
         if name.ends_with("idx3-ubyte") {
-            return idx(source, name).map(Some);
+            return idx(tree, source, name).map(Some);
         }
         if name.ends_with(".bin") {
-            return cifar(source.parent().unwrap_or(Path::new("")), &[source.to_owned()]).map(Some);
+            let folder = source.parent().unwrap_or(Path::new(""));
+            return cifar(tree, folder, &[source.to_owned()]).map(Some);
         }
         return Ok(None);
     }
     let of_ten = (1..=5).map(|number| source.join(format!("data_batch_{number}.bin")));
-    let of_ten: Vec<PathBuf> = of_ten.filter(|path| path.is_file()).collect();
+    let of_ten: Vec<PathBuf> = of_ten.filter(|path| tree.is_file(path)).collect();
     let of_hundred = source.join("train.bin");
-    match (of_ten.is_empty(), of_hundred.is_file()) {
-        (false, _) => cifar(source, &of_ten).map(Some),
-        (true, true) => cifar(source, &[of_hundred]).map(Some),
+    match (of_ten.is_empty(), tree.is_file(&of_hundred)) {
+        (false, _) => cifar(tree, source, &of_ten).map(Some),
+        (true, true) => cifar(tree, source, &[of_hundred]).map(Some),
         (true, false) => Ok(None),
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, PackError> {
-    fs::read(path).map_err(|source| PackError::Read { path: path.to_owned(), source })
+fn read(tree: &Tree, path: &Path) -> Result<Vec<u8>, PackError> {
+    tree.read_whole(path).map_err(|error| PackError::unread(path, error))
 }
 
 /// The numbers at the start of an idx file: its sizes, after a magic number that says how many.
@@ -85,11 +87,11 @@ fn idx_sizes<const SIZES: usize>(path: &Path, bytes: &[u8]) -> Result<[usize; SI
     if fits && sizes.iter().all(|&size| size > 0) { Ok(sizes) } else { Err(malformed()) }
 }
 
-fn idx(images: &Path, name: &str) -> Result<Listing, PackError> {
+fn idx(tree: &Tree, images: &Path, name: &str) -> Result<Listing, PackError> {
     let beside = name.replacen(IDX_IMAGES, IDX_LABELS, 1).replace("idx3", "idx1");
     let labels = images.with_file_name(beside);
-    let [count, height, width] = idx_sizes(images, &read(images)?)?;
-    let labels_bytes = read(&labels)?;
+    let [count, height, width] = idx_sizes(images, &read(tree, images)?)?;
+    let labels_bytes = read(tree, &labels)?;
     let [labelled] = idx_sizes(&labels, &labels_bytes)?;
     if labelled != count {
         return Err(PackError::Malformed { path: labels, format: "as many labels as images" });
@@ -107,13 +109,13 @@ fn idx(images: &Path, name: &str) -> Result<Listing, PackError> {
     Ok(Listing { classes, files })
 }
 
-fn cifar(folder: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
+fn cifar(tree: &Tree, folder: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
     let pixels = RawPixels { width: CIFAR_SIDE, height: CIFAR_SIDE, layout: Layout::Planes };
     let mut files = Vec::new();
     let mut hundred = false;
     for path in paths {
         let malformed = || PackError::Malformed { path: path.clone(), format: "a file of CIFAR's" };
-        let bytes = read(path)?;
+        let bytes = read(tree, path)?;
         let stem = path.file_stem().and_then(OsStr::to_str).unwrap_or_default();
         hundred = matches!(stem, "train" | "test");
         // CIFAR-100 has the coarse class and then the fine one, which is the one that is meant.
@@ -139,8 +141,8 @@ fn cifar(folder: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
     let (names, count) =
         if hundred { ("fine_label_names.txt", 100) } else { ("batches.meta.txt", 10) };
     let names = folder.join(names);
-    let classes: Vec<String> = if names.is_file() {
-        let text = read(&names)?;
+    let classes: Vec<String> = if tree.is_file(&names) {
+        let text = read(tree, &names)?;
         let text = String::from_utf8_lossy(&text).into_owned();
         text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
     } else {

@@ -26,6 +26,8 @@ pub(super) struct Journal {
     pub(super) bytes: u64,
     pub(super) converted: u64,
     pub(super) cmyk: u64,
+    #[serde(default)]
+    pub(super) deep: u64,
     pub(super) skipped: Vec<String>,
     pub(super) shards: Vec<Shard>,
 }
@@ -39,6 +41,7 @@ impl Journal {
             bytes: 0,
             converted: 0,
             cmyk: 0,
+            deep: 0,
             skipped: Vec::new(),
             shards: Vec::new(),
         }

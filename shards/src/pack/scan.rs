@@ -10,19 +10,21 @@
 //! * a tar of images, as ImageNet's validation tar, with a text file beside it (`NAME.txt` for
 //!   `NAME.tar`) that has a line `FILE CLASS` for each image;
 //! * a file of raw pixels, as MNIST's and CIFAR's: see `raw`.
+//!
+//! Each is on this machine or in a bucket: see `tree`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
-    fs::{self, File},
-    io::{self, BufReader, Read, Seek, SeekFrom},
-    os::unix::fs::FileExt,
+    io,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use super::{
     PackError,
     raw::{self, RawPixels},
+    tree::{Section, Tree},
 };
 use crate::format;
 
@@ -75,15 +77,22 @@ impl SourceFile {
         self.offset
     }
 
-    pub(crate) fn read(&self) -> Result<Vec<u8>, PackError> {
-        let unread = |source| PackError::Read { path: self.file.clone(), source };
-        let length =
-            usize::try_from(self.length).map_err(|_| unread(io::ErrorKind::FileTooLarge.into()))?;
-        let mut bytes = vec![0; length];
-        let file = File::open(&self.file).map_err(unread)?;
-        file.read_exact_at(&mut bytes, self.offset).map_err(unread)?;
-        Ok(bytes)
+    /// Where in that file they are.
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.length)
     }
+}
+
+/// The bytes of images, in their order; from a bucket several come at a time.
+pub(crate) fn read_many(
+    tree: &Tree,
+    files: &[&SourceFile],
+) -> impl Iterator<Item = Result<Vec<u8>, PackError>> + use<> {
+    let read = tree.read_many(files.iter().map(|file| (file.file(), file.range())));
+    let paths: Vec<PathBuf> = files.iter().map(|file| file.file.clone()).collect();
+    read.into_iter()
+        .zip(paths)
+        .map(|(read, path)| read.map_err(|error| PackError::unread(&path, error)))
 }
 
 /// Class names and images, in an order that depends on the source alone.
@@ -93,45 +102,61 @@ pub(crate) struct Listing {
     pub(crate) files: Vec<SourceFile>,
 }
 
-pub(crate) fn scan(source: &Path) -> Result<Listing, PackError> {
-    check_nearness(source)?;
-    if let Some(listing) = raw::scan(source)? {
+pub(crate) fn scan(tree: &Tree) -> Result<Listing, PackError> {
+    if let Some(listing) = raw::scan(tree)? {
         return Ok(listing);
     }
-    if source.is_file() {
-        return scan_tars(source, &[source.to_owned()]);
+    if tree.is_file(tree.root()) {
+        return scan_tars(tree, &[tree.root().to_owned()]);
     }
-    let tars = tars_in(source)?;
-    if tars.is_empty() { scan_folder(source) } else { scan_tars(source, &tars) }
+    let tars = tars_in(tree)?;
+    if tars.is_empty() { scan_folder(tree) } else { scan_tars(tree, &tars) }
 }
 
 /// The tars of a folder, all of which have to be of WebDataset's kind.
-pub(crate) fn scan_webdataset(folder: &Path) -> Result<Listing, PackError> {
-    check_nearness(folder)?;
-    let listing = webdataset(folder, &list_tars(folder, &tars_in(folder)?)?)?;
+pub(crate) fn scan_webdataset(tree: &Tree) -> Result<Listing, PackError> {
+    let listing = webdataset(tree, &list_tars(tree, &tars_in(tree)?)?)?;
     if listing.files.is_empty() {
-        return Err(PackError::NoClasses(folder.to_owned()));
+        return Err(PackError::NoClasses(tree.root().to_owned()));
     }
     Ok(listing)
 }
 
-/// Packing reads a source in another order than that of its files, which a bucket is too slow for.
-fn check_nearness(source: &Path) -> Result<(), PackError> {
-    let is_far = source.to_str().is_some_and(|source| source.contains("://"));
-    if is_far { Err(PackError::RemoteSource(source.to_owned())) } else { Ok(()) }
+fn tars_in(tree: &Tree) -> Result<Vec<PathBuf>, PackError> {
+    let is_tar = |path: &PathBuf| has_extension(path, "tar") && tree.is_file(path);
+    Ok(entries(tree, tree.root())?.into_iter().filter(is_tar).collect())
 }
 
-fn tars_in(folder: &Path) -> Result<Vec<PathBuf>, PackError> {
-    let is_tar = |path: &PathBuf| path.is_file() && has_extension(path, "tar");
-    Ok(sorted_entries(folder)?.into_iter().filter(is_tar).collect())
+/// The images of a source of which nobody says the class: a file, a folder, a tar.
+pub(crate) fn scan_unlabelled(tree: &Tree) -> Result<Vec<SourceFile>, PackError> {
+    let root = tree.root();
+    let mut files = Vec::new();
+    if tree.is_dir(root) {
+        collect_images(tree, root, 0, &mut files)?;
+    } else if has_extension(root, "tar") {
+        for tar in list_tars(tree, &[root.to_owned()])? {
+            let images = tar.files.iter().filter(|member| is_image(&member.name));
+            files.extend(images.map(|member| tar.file(member, 0)));
+        }
+    } else {
+        let length = tree.length(root).map_err(|error| PackError::unread(root, error))?;
+        let name = root.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = root.to_owned();
+        files.push(SourceFile { name, label: 0, length, file, offset: 0, raw: None });
+    }
+    if files.is_empty() { Err(PackError::NoImages(root.to_owned())) } else { Ok(files) }
+}
+
+fn entries(tree: &Tree, folder: &Path) -> Result<Vec<PathBuf>, PackError> {
+    tree.entries(folder).map_err(|error| PackError::unread(folder, error))
 }
 
 /// An image folder.
-fn scan_folder(source: &Path) -> Result<Listing, PackError> {
+fn scan_folder(tree: &Tree) -> Result<Listing, PackError> {
     let folders: Vec<PathBuf> =
-        sorted_entries(source)?.into_iter().filter(|path| path.is_dir()).collect();
+        entries(tree, tree.root())?.into_iter().filter(|path| tree.is_dir(path)).collect();
     if folders.is_empty() {
-        return Err(PackError::NoClasses(source.to_owned()));
+        return Err(PackError::NoClasses(tree.root().to_owned()));
     }
     let mut listing = Listing { classes: Vec::with_capacity(folders.len()), files: Vec::new() };
     for (label, folder) in (0..).zip(&folders) {
@@ -139,7 +164,7 @@ fn scan_folder(source: &Path) -> Result<Listing, PackError> {
         let name = name.ok_or_else(|| PackError::ClassName(folder.clone()))?;
         listing.classes.push(name.to_owned());
         let before = listing.files.len();
-        collect_images(source, folder, label, &mut listing.files)?;
+        collect_images(tree, folder, label, &mut listing.files)?;
         if listing.files.len() == before {
             return Err(PackError::EmptyClass(folder.clone()));
         }
@@ -149,37 +174,21 @@ fn scan_folder(source: &Path) -> Result<Listing, PackError> {
 
 /// Images of a class folder and of the folders in it.
 fn collect_images(
-    source: &Path,
+    tree: &Tree,
     folder: &Path,
     label: u32,
     files: &mut Vec<SourceFile>,
 ) -> Result<(), PackError> {
-    for path in sorted_entries(folder)? {
-        if path.is_dir() {
-            collect_images(source, &path, label, files)?;
+    for path in entries(tree, folder)? {
+        if tree.is_dir(&path) {
+            collect_images(tree, &path, label, files)?;
         } else if is_image(&path) {
-            let unread = |source| PackError::Read { path: path.clone(), source };
-            let length = fs::metadata(&path).map_err(unread)?.len();
-            let name = path.strip_prefix(source).unwrap_or(&path).display().to_string();
+            let length = tree.length(&path).map_err(|error| PackError::unread(&path, error))?;
+            let name = path.strip_prefix(tree.root()).unwrap_or(&path).display().to_string();
             files.push(SourceFile { name, label, length, file: path, offset: 0, raw: None });
         }
     }
     Ok(())
-}
-
-/// What a folder holds, by name, without hidden entries.
-fn sorted_entries(folder: &Path) -> Result<Vec<PathBuf>, PackError> {
-    let unread = |source| PackError::Read { path: folder.to_owned(), source };
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).map_err(unread)? {
-        let path = entry.map_err(unread)?.path();
-        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes()[0] == b'.');
-        if !hidden {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    Ok(paths)
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {
@@ -200,15 +209,13 @@ struct TarFile {
 }
 
 /// The plain files of a tar, in its order, found by its headers alone.
-fn list_tar(tar: &Path) -> io::Result<Vec<TarFile>> {
-    let length = fs::metadata(tar)?.len();
-    list_section(tar, 0, length)
+fn list_tar(tree: &Tree, tar: &Path) -> io::Result<Vec<TarFile>> {
+    list_section(tree, tar, 0, tree.length(tar)?)
 }
 
 /// The plain files of a tar that is itself a part of a file.
-fn list_section(file: &Path, start: u64, length: u64) -> io::Result<Vec<TarFile>> {
-    let section = Section { file: File::open(file)?, start, length, at: 0 };
-    let mut archive = tar::Archive::new(BufReader::new(section));
+fn list_section(tree: &Tree, file: &Path, start: u64, length: u64) -> io::Result<Vec<TarFile>> {
+    let mut archive = tar::Archive::new(Section::new(tree, file, start, length));
     let mut members = Vec::new();
     for entry in archive.entries_with_seek()? {
         let entry = entry?;
@@ -224,36 +231,6 @@ fn list_section(file: &Path, start: u64, length: u64) -> io::Result<Vec<TarFile>
         }
     }
     Ok(members)
-}
-
-/// A part of a file, read as if it were one.
-struct Section {
-    file: File,
-    start: u64,
-    length: u64,
-    at: u64,
-}
-
-impl Read for Section {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let room = buffer.len().min(left);
-        let read = self.file.read_at(&mut buffer[..room], self.start + self.at)?;
-        self.at += read as u64;
-        Ok(read)
-    }
-}
-
-impl Seek for Section {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let (from, by) = match to {
-            SeekFrom::Start(at) => (at, 0),
-            SeekFrom::Current(by) => (self.at, by),
-            SeekFrom::End(by) => (self.length, by),
-        };
-        self.at = from.checked_add_signed(by).ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.at)
-    }
 }
 
 /// One tar and what is in it.
@@ -275,53 +252,49 @@ impl Tar {
             raw: None,
         }
     }
-
-    fn unreadable(path: &Path) -> impl Fn(io::Error) -> PackError {
-        move |source| PackError::Read { path: path.to_owned(), source }
-    }
 }
 
-fn list_tars(source: &Path, paths: &[PathBuf]) -> Result<Vec<Tar>, PackError> {
+fn list_tars(tree: &Tree, paths: &[PathBuf]) -> Result<Vec<Tar>, PackError> {
     let mut tars = Vec::with_capacity(paths.len());
     for path in paths {
-        let files = list_tar(path).map_err(Tar::unreadable(path))?;
-        let name = path.strip_prefix(source).unwrap_or(path).display().to_string();
+        let files = list_tar(tree, path).map_err(|error| PackError::unread(path, error))?;
+        let name = path.strip_prefix(tree.root()).unwrap_or(path).display().to_string();
         tars.push(Tar { path: path.clone(), name, files });
     }
     Ok(tars)
 }
 
-fn scan_tars(source: &Path, paths: &[PathBuf]) -> Result<Listing, PackError> {
-    let tars = list_tars(source, paths)?;
+fn scan_tars(tree: &Tree, paths: &[PathBuf]) -> Result<Listing, PackError> {
+    let tars = list_tars(tree, paths)?;
     let any = |holds: &dyn Fn(&Path) -> bool| {
         tars.iter().flat_map(|tar| &tar.files).any(|file| holds(&file.name))
     };
     let labels = |tar: &Tar| tar.path.with_extension("txt");
     let listing = if any(&|name| has_extension(name, format::CLASS)) {
-        webdataset(source, &tars)?
+        webdataset(tree, &tars)?
     } else if any(&|name| has_extension(name, "tar")) {
-        tars_of_tars(&tars)?
-    } else if tars.iter().all(|tar| labels(tar).is_file()) {
-        labelled(&tars, labels)?
-    } else if source.is_dir() {
+        tars_of_tars(tree, &tars)?
+    } else if tars.iter().all(|tar| tree.is_file(&labels(tar))) {
+        labelled(tree, &tars, labels)?
+    } else if tree.is_dir(tree.root()) {
         by_class(tars)?
     } else {
         by_folder(&tars).ok_or_else(|| PackError::NoLabels {
-            tar: source.to_owned(),
+            tar: tree.root().to_owned(),
             labels: labels(&tars[0]),
         })?
     };
     if listing.files.is_empty() {
-        return Err(PackError::NoClasses(source.to_owned()));
+        return Err(PackError::NoClasses(tree.root().to_owned()));
     }
     Ok(listing)
 }
 
 /// `KEY.jpg` with `KEY.cls`, in any order.
-fn webdataset(source: &Path, tars: &[Tar]) -> Result<Listing, PackError> {
+fn webdataset(tree: &Tree, tars: &[Tar]) -> Result<Listing, PackError> {
     let mut files = Vec::new();
     for tar in tars {
-        let labels = read_labels(tar)?;
+        let labels = read_labels(tree, tar)?;
         for member in tar.files.iter().filter(|member| is_image(&member.name)) {
             let key = key_of(&member.name);
             let label = labels
@@ -331,9 +304,9 @@ fn webdataset(source: &Path, tars: &[Tar]) -> Result<Listing, PackError> {
         }
     }
     let most = files.iter().map(|file| file.label).max().unwrap_or(0);
-    let names = source.join(CLASSES_FILE);
-    let classes = if names.is_file() {
-        let text = fs::read_to_string(&names).map_err(Tar::unreadable(&names))?;
+    let names = tree.root().join(CLASSES_FILE);
+    let classes = if tree.is_file(&names) {
+        let text = read_text(tree, &names)?;
         let classes: Vec<String> = text.lines().map(str::to_owned).collect();
         if classes.len() <= most as usize {
             return Err(PackError::TooFewClasses { names, classes: classes.len(), label: most });
@@ -345,19 +318,28 @@ fn webdataset(source: &Path, tars: &[Tar]) -> Result<Listing, PackError> {
     Ok(Listing { classes, files })
 }
 
+fn read_text(tree: &Tree, path: &Path) -> Result<String, PackError> {
+    let bytes = tree.read_whole(path).map_err(|error| PackError::unread(path, error))?;
+    String::from_utf8(bytes)
+        .map_err(|_| PackError::Malformed { path: path.to_owned(), format: "a text in UTF-8" })
+}
+
 /// The class indices of a WebDataset tar by key.
-fn read_labels(tar: &Tar) -> Result<BTreeMap<String, u32>, PackError> {
-    let unread = Tar::unreadable(&tar.path);
-    let file = File::open(&tar.path).map_err(&unread)?;
+fn read_labels(tree: &Tree, tar: &Tar) -> Result<BTreeMap<String, u32>, PackError> {
+    let is_class = |member: &&TarFile| has_extension(&member.name, format::CLASS);
+    let wrong = |member: &TarFile| PackError::Label { member: tar.path.join(&member.name) };
+    // A class index is a few digits; anything longer is something else.
+    if let Some(long) = tar.files.iter().filter(is_class).find(|member| member.length > 32) {
+        return Err(wrong(long));
+    }
+    let part =
+        |member: &TarFile| (tar.path.as_path(), member.offset..member.offset + member.length);
+    let texts = tree.read_many(tar.files.iter().filter(is_class).map(part));
     let mut labels = BTreeMap::new();
-    for member in tar.files.iter().filter(|member| has_extension(&member.name, format::CLASS)) {
-        let wrong = || PackError::Label { member: tar.path.join(&member.name) };
-        // A class index is a few digits; anything longer is something else.
-        let length = usize::try_from(member.length).ok().filter(|&length| length <= 32);
-        let mut digits = vec![0; length.ok_or_else(wrong)?];
-        file.read_exact_at(&mut digits, member.offset).map_err(&unread)?;
+    for (member, digits) in tar.files.iter().filter(is_class).zip(texts) {
+        let digits = digits.map_err(|error| PackError::unread(&tar.path, error))?;
         let label = str::from_utf8(&digits).ok().and_then(|text| text.trim().parse().ok());
-        labels.insert(key_of(&member.name), label.ok_or_else(wrong)?);
+        labels.insert(key_of(&member.name), label.ok_or_else(|| wrong(member))?);
     }
     Ok(labels)
 }
@@ -370,12 +352,12 @@ fn key_of(name: &Path) -> String {
 }
 
 /// One tar a class, inside other tars.
-fn tars_of_tars(tars: &[Tar]) -> Result<Listing, PackError> {
+fn tars_of_tars(tree: &Tree, tars: &[Tar]) -> Result<Listing, PackError> {
     let mut inner = Vec::new();
     for tar in tars {
         for member in tar.files.iter().filter(|member| has_extension(&member.name, "tar")) {
-            let files = list_section(&tar.path, member.offset, member.length)
-                .map_err(Tar::unreadable(&tar.path.join(&member.name)))?;
+            let files = list_section(tree, &tar.path, member.offset, member.length)
+                .map_err(|error| PackError::unread(&tar.path.join(&member.name), error))?;
             let name = tar.file(member, 0).name;
             inner.push(Tar { path: tar.path.clone(), name, files });
         }
@@ -416,11 +398,15 @@ fn by_folder(tars: &[Tar]) -> Option<Listing> {
 }
 
 /// Images without order, and text files that say their classes.
-fn labelled(tars: &[Tar], labels: impl Fn(&Tar) -> PathBuf) -> Result<Listing, PackError> {
+fn labelled(
+    tree: &Tree,
+    tars: &[Tar],
+    labels: impl Fn(&Tar) -> PathBuf,
+) -> Result<Listing, PackError> {
     let mut found = Vec::new();
     for tar in tars {
         let path = labels(tar);
-        let text = fs::read_to_string(&path).map_err(Tar::unreadable(&path))?;
+        let text = read_text(tree, &path)?;
         let by_name: BTreeMap<&str, &str> =
             text.lines().filter_map(|line| line.trim().split_once(char::is_whitespace)).collect();
         for member in tar.files.iter().filter(|member| is_image(&member.name)) {

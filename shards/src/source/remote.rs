@@ -14,7 +14,7 @@ use crate::{
     digest::Sha256,
     source::{
         SourceError,
-        s3::{Bucket, IN_FLIGHT, Traffic, count},
+        s3::{Bucket, IN_FLIGHT, Object, Traffic, count},
     },
 };
 
@@ -42,7 +42,7 @@ pub(crate) struct RemoteFile {
 }
 
 impl Remote {
-    pub(super) fn open(
+    pub(crate) fn open(
         location: &str,
         variables: &[(String, String)],
     ) -> Result<Self, SourceError> {
@@ -79,6 +79,35 @@ impl Remote {
     ) -> Result<Bytes, SourceError> {
         let found = self.bucket.wait(self.bucket.range(name, range));
         found.map_err(|error| self.unread(name, error))
+    }
+
+    /// Every file.
+    pub(crate) fn list(&self) -> Result<Vec<Object>, SourceError> {
+        self.bucket.wait(self.bucket.list()).map_err(|error| self.unread("", error))
+    }
+
+    /// Parts of files, several at a time, in this order. They are not kept.
+    pub(crate) fn read_objects<'a>(
+        &self,
+        parts: impl IntoIterator<Item = (&'a Object, std::ops::Range<u64>)>,
+    ) -> Vec<Result<Vec<u8>, SourceError>> {
+        let reads = parts.into_iter().map(|(object, range)| async move {
+            let mut whole = Vec::new();
+            let mut at = range.start;
+            while at < range.end {
+                let piece = at..range.end.min(at + BLOCK_BYTES);
+                let length = piece.end - piece.start;
+                let read = self.bucket.range_at(&object.path, piece).await;
+                let bytes = read.map_err(|error| self.unread(&object.name, error))?;
+                if bytes.len() as u64 != length {
+                    return Err(SourceError::Short { file: self.display(&object.name) });
+                }
+                whole.extend_from_slice(&bytes);
+                at += length;
+            }
+            Ok(whole)
+        });
+        self.bucket.wait(stream::iter(reads).buffered(IN_FLIGHT).collect())
     }
 
     /// Writes a file; replaces what was there.

@@ -19,10 +19,13 @@ use std::{
 
 use bytes::Bytes;
 use futures::{
+    TryStreamExt as _,
     executor::block_on,
     future::{Either, select},
 };
-use object_store::{Error, ObjectStoreExt as _, RetryConfig, aws::AmazonS3, path::Path};
+use object_store::{
+    Error, ObjectStore as _, ObjectStoreExt as _, RetryConfig, aws::AmazonS3, path::Path,
+};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::Semaphore,
@@ -53,6 +56,17 @@ pub(crate) struct Traffic {
 
 pub(super) fn count(counter: &AtomicU64, amount: u64) {
     counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+/// An object under a prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Object {
+    /// What follows the prefix.
+    pub(crate) name: String,
+    /// Where it is in its bucket.
+    pub(crate) path: Path,
+    /// Bytes.
+    pub(crate) length: u64,
 }
 
 /// The objects under a prefix of a bucket.
@@ -133,8 +147,25 @@ impl Bucket {
 
     /// Some bytes of an object.
     pub(super) async fn range(&self, name: &str, range: Range<u64>) -> Result<Bytes, Error> {
-        let path = self.path(name);
-        self.healed(|| self.hedged(&path, range.clone())).await
+        self.range_at(&self.path(name), range).await
+    }
+
+    /// Some bytes of the object at a path of the bucket.
+    pub(super) async fn range_at(&self, path: &Path, range: Range<u64>) -> Result<Bytes, Error> {
+        self.healed(|| self.hedged(path, range.clone())).await
+    }
+
+    /// Every object under the prefix.
+    pub(super) async fn list(&self) -> Result<Vec<Object>, Error> {
+        let prefix = &self.prefix;
+        let listed =
+            self.healed(|| self.objects.list(Some(prefix)).try_collect::<Vec<_>>()).await?;
+        let named = listed.into_iter().filter_map(|found| {
+            let parts: Vec<_> = found.location.prefix_match(prefix)?.collect();
+            let name = parts.iter().map(AsRef::as_ref).collect::<Vec<_>>().join("/");
+            Some(Object { name, path: found.location, length: found.size })
+        });
+        Ok(named.collect())
     }
 
     /// Repeats what fails by no fault of ours.

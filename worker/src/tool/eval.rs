@@ -2,9 +2,12 @@
 
 mod chart;
 mod scores;
-mod sets;
+pub(super) mod sets;
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -128,14 +131,15 @@ struct Budget {
 }
 
 /// What is evaluated.
-struct Subject {
+pub(super) struct Subject {
     step: u64,
-    recipe: Recipe,
-    state: TrainState,
+    pub(super) recipe: Recipe,
+    pub(super) state: TrainState,
 }
 
 pub(super) async fn run(arguments: Arguments) -> Result<()> {
-    let subject = subject(&arguments).await?;
+    let Arguments { checkpoint, step, data, sets, .. } = &arguments;
+    let subject = subject(checkpoint, *step, data.as_deref(), sets).await?;
     let which = if arguments.ema { Which::Averaged } else { Which::Live };
     check_finite(&subject.state, which)?;
     let architecture = architecture(&subject.recipe)?;
@@ -173,17 +177,23 @@ pub(super) async fn run(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-async fn subject(arguments: &Arguments) -> Result<Subject> {
-    let mut sets = arguments.sets.clone();
-    if let Some(data) = &arguments.data {
-        sets.push(format!("data.location={}", toml::Value::String(data.clone())));
+/// Weights and their recipe, from a file or from the folder of a run, with `sets` laid over the recipe.
+pub(super) async fn subject(
+    checkpoint: &Path,
+    step: Option<u64>,
+    data: Option<&str>,
+    sets: &[String],
+) -> Result<Subject> {
+    let mut sets = sets.to_vec();
+    if let Some(data) = data {
+        sets.push(format!("data.location={}", toml::Value::String(data.to_owned())));
     }
-    if arguments.checkpoint.is_file() {
-        let (recipe, state) = import::load(&arguments.checkpoint, &sets)?;
+    if checkpoint.is_file() {
+        let (recipe, state) = import::load(checkpoint, &sets)?;
         let step = state.step().map_or(0, |step| step.0);
         return Ok(Subject { step, recipe, state });
     }
-    let held = read_checkpoint(&arguments.checkpoint, arguments.step.map(Step)).await?;
+    let held = read_checkpoint(checkpoint, step.map(Step)).await?;
     let recipe = Recipe::from_toml("of the checkpoint", &held.recipe.to_toml(), &sets)?;
     ensure!(
         recipe.model == held.recipe.model,
@@ -270,7 +280,7 @@ fn dynamic_rows(
     Ok((sure[0].len(), rows, lines))
 }
 
-fn write(out: &std::path::Path, evaluated: &Evaluated, lines: &[String]) -> Result<()> {
+fn write(out: &Path, evaluated: &Evaluated, lines: &[String]) -> Result<()> {
     fs::create_dir_all(out)?;
     fs::write(out.join("eval.json"), serde_json::to_string_pretty(evaluated)?)?;
     let names: Vec<&str> = evaluated.classes.iter().map(|class| class.name.as_str()).collect();

@@ -118,7 +118,7 @@ struct Taken {
     moments: bool,
 }
 
-fn read(file: &Path) -> Result<Value> {
+pub(super) fn read(file: &Path) -> Result<Value> {
     if file.extension().is_some_and(|extension| extension == "safetensors") {
         return tensor_file::read(file).with_context(|| file.display().to_string());
     }

@@ -13,7 +13,7 @@ use crate::process;
 use crate::workspace::Workspace;
 
 /// The tars, and the splits that are made of them.
-const SPLITS: [(&str, &str); 2] = [("train.tar", "train"), ("validation.tar", "val")];
+pub(super) const SPLITS: [(&str, &str); 2] = [("train.tar", "train"), ("validation.tar", "val")];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -60,7 +60,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn pack(workspace: &Workspace, tar: &Path, data: &Path, split: &str) -> Result<()> {
+pub(super) fn pack(workspace: &Workspace, tar: &Path, data: &Path, split: &str) -> Result<()> {
     ensure!(tar.is_file(), "there is no {}", tar.display());
     let mut pack = workspace.binary("percheron");
     pack.args(["shards", "pack"]).arg(tar).arg("--out").arg(data).args(["--split", split]);

@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use super::instructions;
-use crate::process;
+use crate::setup;
 use crate::workspace::Workspace;
 
 /// The pipeline of Python, by the versions whose pixels ours are: Pillow 9.5 resizes as the reference.
@@ -125,17 +125,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 /// An environment with the peer's packages, made once.
 fn prepare_python(workspace: &Workspace, peer: Peer) -> Result<PathBuf> {
     let (name, packages, test) = peer.packages();
-    let folder = workspace.cache.join(name);
-    let python = folder.join("bin/python");
-    if process::answers(workspace.command(&python).args(["-c", test])) {
-        return Ok(python);
-    }
-    process::output(workspace.command("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-    let pip = ["-m", "pip", "install", "--quiet", "--only-binary=:all:"];
-    process::output(workspace.command(&python).args(pip).args(packages)).context(
-        "the peer's packages cannot be installed; --python names a Python that has them",
-    )?;
-    Ok(python)
+    let wanted: Vec<_> = ["--only-binary=:all:"].iter().chain(packages).copied().collect();
+    setup::python_with(workspace, name, test, &wanted)
 }
 
 fn compare(

@@ -1,9 +1,9 @@
 //! The processes of a run, one a host, which are started, hurt and started again.
 
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,74 +13,89 @@ use crate::process;
 use crate::workspace::Workspace;
 
 const START_MAX: Duration = Duration::from_secs(30);
+/// A worker takes part so long after its start, unless the machine is very busy.
+const SETTLED: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
+/// How often a door that is closed is tried.
+const KNOCK: Duration = Duration::from_millis(2);
 
 /// A coordinator and its workers.
 #[derive(Debug)]
-pub(super) struct Crew<'a> {
+pub(crate) struct Crew<'a> {
     workspace: &'a Workspace,
     dir: PathBuf,
-    address: String,
     workers: u32,
     pub(super) lab: Option<Lab>,
-    coordinator: Option<Child>,
-    /// By host; the coordinator's host is the one after the last.
+    coordinators: Vec<Seat>,
+    /// By host; the coordinators' host is the one after the last.
     places: Vec<Option<Place>>,
     next: u32,
+}
+
+/// Where a coordinator listens, dead or alive.
+#[derive(Debug)]
+struct Seat {
+    address: String,
+    process: Option<Child>,
 }
 
 #[derive(Debug)]
 struct Place {
     name: String,
+    started: Instant,
     process: Child,
 }
 
 /// A signal by its name for `kill`.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Signal {
+pub(crate) enum Signal {
     Stop,
     Continue,
 }
 
 impl<'a> Crew<'a> {
-    /// Writes what makes `dir` a run, and starts it with workers in the first places of `places`.
-    pub(super) fn start(
+    /// Writes what makes `dir` a run, and starts it with workers in the first places of `places`. With several
+    /// coordinators the log lies in a folder that they share, and all but the first stand by.
+    pub(crate) fn start(
         workspace: &'a Workspace,
         dir: &Path,
         recipe: &str,
         (workers, places): (u32, usize),
         lab: Option<Lab>,
+        coordinators: usize,
     ) -> Result<Self> {
         let write = |name: &str, text: &str| {
             let file = dir.join(name);
             fs::write(&file, text).with_context(|| file.display().to_string())
         };
         fs::create_dir_all(dir.join("logs")).with_context(|| dir.display().to_string())?;
-        write("run.toml", "run = \"chaos\"\n")?;
+        let mut run = "run = \"chaos\"\n".to_owned();
+        if coordinators > 1 {
+            run += &format!("log = {:?}\n", dir.join("shared"));
+        }
+        write("run.toml", &run)?;
         write("token", &format!("{:064x}", std::process::id()))?;
         write("recipe.toml", recipe)?;
         let host = if lab.is_some() { lab::address(places) } else { "127.0.0.1".to_owned() };
-        let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
-        let port = free.context("no free port")?.port();
+        let seat = |_| -> Result<Seat> {
+            let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
+            let port = free.context("no free port")?.port();
+            Ok(Seat { address: format!("{host}:{port}"), process: None })
+        };
         let mut crew = Self {
             workspace,
             dir: dir.to_owned(),
-            address: format!("{host}:{port}"),
             workers,
             lab,
-            coordinator: None,
+            coordinators: (0..coordinators).map(seat).collect::<Result<_>>()?,
             places: (0..places).map(|_| None).collect(),
             next: 0,
         };
-        crew.start_coordinator()?;
-        let started = Instant::now();
-        while !dir.join("coordinator.address").exists() {
-            ensure!(
-                started.elapsed() < START_MAX,
-                "the coordinator does not listen: {}",
-                crew.said()
-            );
-            std::thread::sleep(LOOK);
+        for seat in 0..coordinators {
+            crew.start_coordinator(seat)?;
+            if seat == 0 && coordinators > 1 {
+                crew.wait_until_it_listens(0)?; // Before another could take the lead.
+            }
         }
         for place in 0..workers as usize {
             crew.start_worker(place)?;
@@ -88,8 +103,25 @@ impl<'a> Crew<'a> {
         Ok(crew)
     }
 
-    fn said(&self) -> String {
-        fs::read_to_string(self.dir.join("logs/coordinator.log")).unwrap_or_default()
+    /// What a coordinator has written.
+    pub(crate) fn said(&self, seat: usize) -> String {
+        fs::read_to_string(self.dir.join(format!("logs/coordinator-{seat}.log")))
+            .unwrap_or_default()
+    }
+
+    /// Returns how long it took. Who stands by does not listen.
+    pub(crate) fn wait_until_it_listens(&self, seat: usize) -> Result<Duration> {
+        let address: SocketAddr = self.coordinators[seat].address.parse().context("an address")?;
+        let started = Instant::now();
+        while TcpStream::connect_timeout(&address, LOOK).is_err() {
+            ensure!(
+                started.elapsed() < START_MAX,
+                "the coordinator does not listen: {}",
+                self.said(seat)
+            );
+            std::thread::sleep(KNOCK);
+        }
+        Ok(started.elapsed())
     }
 
     /// A program on a host, whose words go into a file of the run.
@@ -111,13 +143,21 @@ impl<'a> Crew<'a> {
         Ok(command)
     }
 
-    pub(super) fn start_coordinator(&mut self) -> Result<()> {
-        let mut command = self.on_host(self.places.len(), "percheron", "coordinator")?;
-        command.args(["coordinator", "--exit-with-stdin", "--workers"]);
-        command.arg(self.workers.to_string()).args(["--listen", &self.address]);
+    pub(crate) fn start_coordinator(&mut self, seat: usize) -> Result<()> {
+        let log = format!("coordinator-{seat}");
+        let mut command = self.on_host(self.places.len(), "percheron", &log)?;
+        command
+            .args(["coordinator", "--exit-with-stdin", "--workers"])
+            .arg(self.workers.to_string());
+        command.args(["--listen", &self.coordinators[seat].address]);
         command.arg("--recipe").arg(self.dir.join("recipe.toml")).arg("--run-dir").arg(&self.dir);
-        command.arg("--addr-file").arg(self.dir.join("coordinator.address"));
-        self.coordinator = Some(command.spawn().context("cannot start the coordinator")?);
+        let address_file = if seat == 0 { "coordinator.address".to_owned() } else { log };
+        command.arg("--addr-file").arg(self.dir.join(address_file));
+        if self.coordinators.len() > 1 {
+            command.arg("--standby");
+        }
+        let process = command.spawn().context("cannot start the coordinator")?;
+        self.coordinators[seat].process = Some(process);
         Ok(())
     }
 
@@ -129,12 +169,13 @@ impl<'a> Crew<'a> {
         let host = if self.lab.is_some() { lab::address(place) } else { "127.0.0.1".to_owned() };
         let mut command = self.on_host(place, "percheron-worker", &name)?;
         command.args(["--exit-with-stdin", "--run", "chaos", "--name", &name]);
-        command.args(["--coordinator", &format!("http://{}", self.address)]);
+        let addresses = self.coordinators.iter().map(|seat| format!("http://{}", seat.address));
+        command.args(["--coordinator", &addresses.collect::<Vec<_>>().join(",")]);
         command
             .args(["--listen", &format!("{host}:0"), "--token-file"])
             .arg(self.dir.join("token"));
         let process = command.spawn().context("cannot start a worker")?;
-        self.places[place] = Some(Place { name: name.clone(), process });
+        self.places[place] = Some(Place { name: name.clone(), started: Instant::now(), process });
         Ok(name)
     }
 
@@ -148,6 +189,18 @@ impl<'a> Crew<'a> {
             }
         }
         Ok((0..self.places.len()).partition(|&place| self.places[place].is_some()))
+    }
+
+    /// Process ids of all that run, and whether each is a worker's.
+    pub(crate) fn processes(&self) -> Vec<(bool, u32)> {
+        let workers = self.places.iter().flatten().map(|place| (true, place.process.id()));
+        let led = self.coordinators.iter().filter_map(|seat| seat.process.as_ref());
+        workers.chain(led.map(|process| (false, process.id()))).collect()
+    }
+
+    /// Whether the worker in a place has had time to take part.
+    pub(super) fn is_settled(&self, place: usize) -> bool {
+        self.places[place].as_ref().is_some_and(|place| place.started.elapsed() >= SETTLED)
     }
 
     /// The name of the worker in a place.
@@ -167,44 +220,92 @@ impl<'a> Crew<'a> {
         if process.try_wait().context("a worker")?.is_some() {
             return Ok(());
         }
-        let word = match signal {
-            Signal::Stop => "-STOP",
-            Signal::Continue => "-CONT",
-        };
-        let pid = process.id().to_string();
-        process::output(Command::new("kill").args([word, &pid])).map(drop)
+        send(process, signal)
     }
 
-    pub(super) fn kill_coordinator(&mut self) -> Result<()> {
-        let coordinator = self.coordinator.as_mut().context("there is no coordinator")?;
-        coordinator.kill().and_then(|()| coordinator.wait()).context("the coordinator")?;
-        self.start_coordinator()
-    }
-
-    /// Asks for so many workers, from the coordinator's own host.
-    pub(super) fn resize(&self, workers: u32) -> Result<()> {
-        let mut command = self.on_host(self.places.len(), "percheron", "resize")?;
-        command.arg("resize").arg(&self.dir).arg(workers.to_string()).stdin(Stdio::null());
-        let status = command.status().context("cannot start percheron resize")?;
-        ensure!(status.success(), "`percheron resize` failed; see logs/resize.log of the run");
+    /// Kills a coordinator, which stays away.
+    pub(crate) fn kill_coordinator(&mut self, seat: usize) -> Result<()> {
+        let process = self.coordinators[seat].process.take();
+        let mut process = process.context("there is no coordinator")?;
+        process.kill().and_then(|()| process.wait()).context("the coordinator")?;
         Ok(())
     }
 
-    /// Whether the run has ended; an error if its coordinator has, in another way than by our hand.
-    pub(super) fn has_ended(&mut self) -> Result<bool> {
-        let coordinator = self.coordinator.as_mut().context("there is no coordinator")?;
-        match coordinator.try_wait().context("the coordinator")? {
-            None => Ok(false),
-            Some(status) if status.success() => Ok(true),
-            Some(status) => bail!("the coordinator ended ({status}): {}", self.said()),
+    pub(crate) fn signal_coordinator(&self, seat: usize, signal: Signal) -> Result<()> {
+        let process = self.coordinators[seat].process.as_ref();
+        send(process.context("there is no coordinator")?, signal)
+    }
+
+    /// Waits until a coordinator has ended by itself; returns how.
+    pub(crate) fn coordinators_end(&mut self, seat: usize) -> Result<ExitStatus> {
+        let process = self.coordinators[seat].process.take();
+        let mut process = process.context("there is no coordinator")?;
+        let started = Instant::now();
+        loop {
+            if let Some(status) = process.try_wait().context("the coordinator")? {
+                return Ok(status);
+            }
+            ensure!(started.elapsed() < START_MAX, "coordinator {seat} does not end");
+            std::thread::sleep(LOOK);
         }
     }
+
+    /// CPU time that the workers have used, in clock ticks.
+    pub(crate) fn workers_ticks(&self) -> Result<u64> {
+        let of = |place: &Place| {
+            let file = format!("/proc/{}/stat", place.process.id());
+            let stat = fs::read_to_string(&file).with_context(|| file.clone())?;
+            let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace());
+            let ticks = fields.map(|fields| {
+                fields.skip(11).take(2).map(|field| field.parse::<u64>().unwrap_or(0)).sum::<u64>()
+            });
+            ticks.with_context(|| format!("cannot understand {file}"))
+        };
+        self.places.iter().flatten().map(of).sum()
+    }
+
+    /// Asks for so many workers, from the coordinator's own host; again while that one is being started.
+    pub(super) fn resize(&self, workers: u32) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let mut command = self.on_host(self.places.len(), "percheron", "resize")?;
+            command.arg("resize").arg(&self.dir).arg(workers.to_string()).stdin(Stdio::null());
+            if command.status().context("cannot start percheron resize")?.success() {
+                return Ok(());
+            }
+            let is_late = started.elapsed() >= START_MAX;
+            ensure!(!is_late, "`percheron resize` failed; see logs/resize.log of the run");
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Whether the run has ended; an error if a coordinator has, in another way than by our hand.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        for (number, seat) in self.coordinators.iter_mut().enumerate() {
+            let Some(process) = &mut seat.process else { continue };
+            match process.try_wait().context("the coordinator")? {
+                None => {}
+                Some(status) if status.success() => return Ok(true),
+                Some(status) => bail!("the coordinator ended ({status}): {}", self.said(number)),
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn send(process: &Child, signal: Signal) -> Result<()> {
+    let word = match signal {
+        Signal::Stop => "-STOP",
+        Signal::Continue => "-CONT",
+    };
+    process::output(Command::new("kill").args([word, &process.id().to_string()])).map(drop)
 }
 
 impl Drop for Crew<'_> {
     fn drop(&mut self) {
         let workers = self.places.iter_mut().flatten().map(|place| &mut place.process);
-        for process in workers.chain(&mut self.coordinator) {
+        let coordinators = self.coordinators.iter_mut().filter_map(|seat| seat.process.as_mut());
+        for process in workers.chain(coordinators) {
             process.kill().and_then(|()| process.wait().map(drop)).ok(); // It may have ended.
         }
     }

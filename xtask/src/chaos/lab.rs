@@ -16,7 +16,7 @@ const SHIM: &str = include_str!("delay.py");
 
 /// The hosts; all is taken down when this is dropped.
 #[derive(Debug)]
-pub(super) struct Lab {
+pub(crate) struct Lab {
     tag: String,
     hosts: usize,
     shim: PathBuf,
@@ -103,8 +103,6 @@ impl Lab {
         let (inner, outer) = (format!("q{host}"), format!("r{host}"));
         let ip = |arguments: &[&str]| run("ip", &[&["-n", &hub], arguments].concat());
         ip(&["link", "add", &inner, "type", "veth", "peer", "name", &outer])?;
-        ip(&["link", "set", &port, "nomaster"])?;
-        ip(&["link", "set", &outer, "master", "br0"])?;
         ip(&["link", "set", &inner, "up"])?;
         ip(&["link", "set", &outer, "up"])?;
         // Frames pass through a program: they are whole, and their checksums are right.
@@ -128,7 +126,9 @@ impl Lab {
         let mut ready = String::new();
         BufReader::new(stdout).read_line(&mut ready).context("the delay says nothing")?;
         ensure!(ready.trim() == "ready", "the delay did not start");
-        Ok(())
+        // Only now, as a busy machine takes seconds to start it, and nobody is to be cut off.
+        ip(&["link", "set", &port, "nomaster"])?;
+        ip(&["link", "set", &outer, "master", "br0"])
     }
 
     /// All is as at the beginning.

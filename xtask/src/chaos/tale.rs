@@ -24,18 +24,23 @@ pub(super) struct Fault {
     pub(super) at_ms: u64,
     /// The worker that was hurt, if it was one.
     pub(super) victim: Option<String>,
+    /// Whether the run has to go on without it.
+    pub(super) is_fatal: bool,
 }
 
 /// The log, sorted out.
 #[derive(Debug, Default)]
-pub(super) struct Tale {
+pub(crate) struct Tale {
     /// When each step was applied, in order.
     steps: Vec<u64>,
+    /// Generations that were opened: when, and their members.
+    opened: Vec<(u64, BTreeSet<String>)>,
     /// Generations that formed: when, the members, and when the last had stopped in the one before.
     formed: Vec<Formed>,
     /// Who was lost, and when.
     lost: Vec<(u64, String, String)>,
-    joined: BTreeMap<String, u64>,
+    /// When the first generation with each worker was opened: then its process could train.
+    taken: BTreeMap<String, u64>,
     pub(super) state_sha256: Option<String>,
     pub(super) repeated: u64,
 }
@@ -67,6 +72,10 @@ impl Tale {
                 "generation_opened" => {
                     let of = record["members"].as_array().into_iter().flatten();
                     members = of.filter_map(|m| m["name"].as_str().map(str::to_owned)).collect();
+                    for name in &members {
+                        tale.taken.entry(name.clone()).or_insert(*at_ms);
+                    }
+                    tale.opened.push((*at_ms, members.clone()));
                 }
                 "generation_formed" => {
                     tale.repeated += record["repeated"].as_u64().unwrap_or(0);
@@ -75,7 +84,6 @@ impl Tale {
                     tale.formed.push(Formed { at_ms: *at_ms, members, stopped_ms });
                 }
                 "worker_lost" => tale.lost.push((*at_ms, text("name"), text("cause"))),
-                "worker_joined" => drop(tale.joined.insert(text("name"), *at_ms)),
                 "run_finished" => tale.state_sha256 = Some(text("state_sha256")),
                 _ => {} // Other records say nothing about faults.
             }
@@ -86,11 +94,26 @@ impl Tale {
     /// What a fault that took its victim from the run cost.
     pub(super) fn cost(&self, fault: &Fault) -> Cost {
         let Some(victim) = &fault.victim else { return Cost::default() };
+        if !self.is_member(victim, fault.at_ms) {
+            return Cost::default(); // Nobody trained with it yet.
+        }
         let is_without = |f: &&Formed| f.at_ms >= fault.at_ms && !f.members.contains(victim);
         let Some(formed) = self.formed.iter().find(is_without) else { return Cost::default() };
         let next = self.steps.iter().find(|&&at| at >= formed.at_ms);
         let since = |at: u64| at.saturating_sub(fault.at_ms);
         Cost { abort_ms: formed.stopped_ms.map(since), next_step_ms: next.copied().map(since) }
+    }
+
+    fn is_member(&self, name: &str, at: u64) -> bool {
+        let newest = self.opened.iter().rfind(|(opened, _)| *opened <= at);
+        newest.is_some_and(|(_, members)| members.contains(name))
+    }
+
+    /// Whether the victim of a fault was lost, and by itself, within so many milliseconds.
+    pub(super) fn is_named(&self, fault: &Fault, within: u64) -> bool {
+        let Some(victim) = &fault.victim else { return false };
+        let times = fault.at_ms..=fault.at_ms + within;
+        self.lost.iter().any(|(at, name, _)| times.contains(at) && name == victim)
     }
 
     /// Workers that were lost although nothing was done to them at the time: name and cause.
@@ -102,7 +125,8 @@ impl Tale {
         let_go: &BTreeSet<String>,
     ) -> Vec<(String, String)> {
         let is_hurt = |name: &str, at: u64| {
-            faults.iter().any(|f| f.victim.as_deref() == Some(name) && f.at_ms <= at)
+            let is_victim = |f: &&Fault| f.is_fatal && f.victim.as_deref() == Some(name);
+            faults.iter().filter(is_victim).any(|f| f.at_ms <= at)
         };
         let wrong = self.lost.iter().filter(|(at, name, cause)| {
             !is_hurt(name, *at) && !let_go.contains(name) && !cause.contains("left as asked")
@@ -110,16 +134,11 @@ impl Tale {
         wrong.map(|(_, name, cause)| (name.clone(), cause.clone())).collect()
     }
 
-    /// The cause for which a worker was lost.
-    pub(super) fn cause(&self, name: &str) -> Option<&str> {
-        self.lost.iter().find(|(_, lost, _)| lost == name).map(|(_, _, cause)| cause.as_str())
-    }
-
     /// Steps made, as a share of those that the usual pace would have made in the same time.
     ///
     /// The usual pace around a fault is the median time between two steps from 12 s after it to the next
     /// fault: on a machine that others use as well it changes within minutes. Time in which a process
-    /// of ours was starting is left out: `starts` has when each was started, by name.
+    /// of ours was starting is left out, until it could train: `starts` has when each was started.
     pub(super) fn throughput(&self, faults: &[Fault], starts: &BTreeMap<String, u64>) -> f64 {
         let usual_of = |from: u64, to: u64| {
             let mut gaps: Vec<_> = self.gaps().filter(|&(a, b)| a >= from && b < to).collect();
@@ -129,7 +148,7 @@ impl Tale {
         let Some(everywhere) = usual_of(0, u64::MAX) else { return f64::NAN };
         let starting: Vec<_> = starts
             .iter()
-            .filter_map(|(name, &from)| Some((from, *self.joined.get(name)?)))
+            .filter_map(|(name, &from)| Some((from, *self.taken.get(name)?)))
             .collect();
         let is_starting = |a: u64, b: u64| starting.iter().any(|&(from, to)| a < to && b > from);
         let (mut took, mut lost) = (0.0, 0.0);
@@ -168,6 +187,11 @@ impl Tale {
         percentile(self.gaps().map(|(a, b)| b - a).collect(), 99)
     }
 
+    /// When each step was applied, in milliseconds since 1970.
+    pub(crate) fn step_times(&self) -> &[u64] {
+        &self.steps
+    }
+
     pub(super) fn steps(&self) -> usize {
         self.steps.len()
     }
@@ -204,7 +228,7 @@ mod tests {
     }
 
     fn kill(at_ms: u64, victim: &str) -> Fault {
-        Fault { kind: "kill", at_ms, victim: Some(victim.to_owned()) }
+        Fault { kind: "kill", at_ms, victim: Some(victim.to_owned()), is_fatal: true }
     }
 
     /// Steps every 100 ms, a kill at 20 s that costs half a second, and nothing more until 60 s.
@@ -239,7 +263,7 @@ mod tests {
     #[test]
     fn time_in_which_a_process_starts_does_not_count_and_the_fault_itself_does() {
         let mut tale = one_kill();
-        tale.joined.insert("worker-2".to_owned(), 21_000);
+        tale.taken.insert("worker-2".to_owned(), 21_000);
         let starts = BTreeMap::from([("worker-2".to_owned(), 20_020)]);
         let ratio = tale.throughput(&[kill(20_010, "worker-1")], &starts);
         assert!((0.98..0.99).contains(&ratio), "{ratio}");
@@ -253,6 +277,25 @@ mod tests {
         let wrong = tale.evicted_wrongly(&[kill(20_010, "worker-0")], &nobody);
         assert_eq!(wrong, [("worker-1".to_owned(), "killed".to_owned())]);
         assert_eq!(tale.evicted_wrongly(&[], &BTreeSet::from(["worker-1".to_owned()])), []);
+    }
+
+    #[test]
+    fn who_was_hurt_a_little_may_not_be_lost() {
+        let freeze = Fault { is_fatal: false, ..kill(20_010, "worker-1") };
+        assert_eq!(one_kill().evicted_wrongly(&[freeze], &BTreeSet::new()).len(), 1);
+    }
+
+    #[test]
+    fn a_victim_is_named_if_it_is_lost_soon_after() {
+        let tale = one_kill();
+        assert!(tale.is_named(&kill(20_010, "worker-1"), 7_000));
+        assert!(!tale.is_named(&kill(20_010, "worker-0"), 7_000), "another was lost");
+        assert!(!tale.is_named(&kill(10_000, "worker-1"), 7_000), "it was lost for another reason");
+    }
+
+    #[test]
+    fn the_death_of_one_who_had_not_joined_costs_nothing() {
+        assert_eq!(one_kill().cost(&kill(20_010, "worker-7")), Cost::default());
     }
 
     #[test]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 import torch
 
@@ -151,6 +152,26 @@ warmup_epochs = 1
         path.write_text(text)
         return path
 
+    def metrics(self):
+        """What the coordinator tells Prometheus of the card while it trains."""
+        address = "127.0.0.1:9109"
+        run = subprocess.Popen(
+            ["percheron", "up", "--json", "--run-dir", str(self.room / "metrics"), "--recipe", "digits", *SMALL,
+             "--workers", "1", "--device", "cuda:0"],
+            env=dict(self.env, PERCHERON_HTTP=address), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        found = {}
+        while run.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://{address}/metrics", timeout=2) as answer:
+                    lines = answer.read().decode().splitlines()
+                found.update(line.rsplit(" ", 1) for line in lines if line.startswith("percheron_gpu_"))
+            except OSError:
+                pass  # It has not begun to listen, or has just ended.
+            time.sleep(0.5)
+        if run.returncode != 0 or not found:
+            raise RuntimeError(f"status {run.returncode}, {len(found)} figures of the card")
+        say(check="metrics", found=found)
+
     def memory(self):
         """A step that cannot fit."""
         done = subprocess.run([self.worker, "bench-step", "--model", MODEL, "--batch", "4096", "--size", "384",
@@ -182,12 +203,12 @@ def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("programs")
     options.add_argument("--images", type=pathlib.Path)
-    options.add_argument("--part", action="append", choices=("step", "compiled", "hashes", "busy", "memory"))
+    options.add_argument("--part", action="append", choices=("step", "compiled", "hashes", "busy", "memory", "metrics"))
     o = options.parse_args()
     checks = Checks(pathlib.Path(o.programs).resolve(), o.images)
     say(card=torch.cuda.get_device_name(), torch=torch.__version__, cores=os.cpu_count())
     failed = False
-    for part in o.part or ("step", "hashes", "busy", "memory", "compiled"):
+    for part in o.part or ("step", "hashes", "busy", "memory", "metrics", "compiled"):
         if part == "busy" and o.images is None:
             say(check="busy", skipped="no --images")
             continue

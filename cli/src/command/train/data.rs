@@ -1,12 +1,15 @@
 //! `--data_path`: a dataset of shards, or image folders that become one on first use.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use shards::{Dataset, PackOptions, pack};
 
 use super::flags::Line;
-use crate::print;
+use crate::{command::shards::odd_images, print};
 
 /// Where packed images lie, in the folder that they were packed from.
 const PACKED: &str = ".percheron-shards";
@@ -28,7 +31,7 @@ pub(super) fn prepare(line: &Line, only: Option<&str>) -> Result<Data> {
     };
     let location = match sources(line, path)? {
         None => path.to_owned(),
-        Some(sources) => packed(path, &sources, only)?,
+        Some(sources) => packed("--data_path", path, &sources, only)?,
     };
     let split = only.unwrap_or("train");
     let dataset = Dataset::open(&location, split).context("--data_path")?;
@@ -64,14 +67,39 @@ fn sources(line: &Line, path: &str) -> Result<Option<[(&'static str, PathBuf); 2
     Ok(sources)
 }
 
+/// Puts shards in the place of an image folder in the words of `percheron eval`: of `--data DIR` with `DIR/train`
+/// or `DIR/val`, those that are there are packed on first use.
+///
+/// # Errors
+/// The first image that cannot be used.
+pub(in crate::command) fn for_evaluation(mut words: Vec<OsString>) -> Result<Vec<OsString>> {
+    let Some(place) = words.iter().position(|word| word == "--data").map(|flag| flag + 1) else {
+        return Ok(words);
+    };
+    let Some(data) = words.get(place).and_then(|word| word.to_str()).map(str::to_owned) else {
+        return Ok(words);
+    };
+    let folder = Path::new(&data);
+    let is_packed = ["train.json", "val.json"].iter().any(|name| folder.join(name).is_file());
+    let splits = ["train", "val"].map(|split| (split, folder.join(split)));
+    let there: Vec<(&str, PathBuf)> =
+        splits.into_iter().filter(|(_, images)| images.is_dir()).collect();
+    if !is_packed && !there.is_empty() {
+        words[place] = packed("--data", &data, &there, None)?.into();
+    }
+    Ok(words)
+}
+
 /// Packs what is not packed yet; returns where the dataset lies.
 fn packed(
+    flag: &str,
     path: &str,
-    sources: &[(&'static str, PathBuf); 2],
+    sources: &[(&str, PathBuf)],
     only: Option<&str>,
 ) -> Result<String> {
-    let out = std::path::absolute(Path::new(path).join(PACKED)).context("--data_path")?;
-    let location = out.to_str().context("--data_path: the path is not UTF-8")?.to_owned();
+    let out = std::path::absolute(Path::new(path).join(PACKED)).context(flag.to_owned())?;
+    let location = out.to_str().with_context(|| format!("{flag}: the path is not UTF-8"))?;
+    let location = location.to_owned();
     for (split, source) in sources {
         let wanted = only.is_none_or(|only| only == *split);
         if !wanted || out.join(format!("{split}.json")).is_file() {
@@ -79,7 +107,7 @@ fn packed(
         }
         ensure!(
             source.exists(),
-            "--data_path: there is no {}: it must hold the images of split {split}, one folder a class",
+            "{flag}: there is no {}: it must hold the images of split {split}, one folder a class",
             source.display()
         );
         print::err(&format!(
@@ -89,12 +117,13 @@ fn packed(
         let options = PackOptions { split: (*split).to_owned(), ..PackOptions::default() };
         let manifest = pack(source, &location, &options, &mut |_| {}).with_context(|| {
             format!(
-                "--data_path: {} cannot be packed (`percheron shards pack` has more choices)",
+                "{flag}: {} cannot be packed (`percheron shards pack` has more choices)",
                 source.display()
             )
         })?;
         let (samples, classes) = (print::grouped(manifest.samples), manifest.classes.len());
         print::err(&format!("packed split {split}: {samples} images of {classes} classes"));
+        odd_images(&manifest).iter().for_each(|note| print::err(note));
     }
     Ok(location)
 }

@@ -9,28 +9,20 @@ use recipe::Recipe;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::{
-    history,
-    run_dir::{RunDir, write_atomically},
-};
-
-/// The exits, in their order everywhere.
-const EXITS: [&str; 4] = ["early3", "att", "cnn", "merge"];
-
 /// What `percheron model show` says.
 #[derive(Debug, Deserialize)]
-pub(super) struct Card {
-    pub(super) parameters: u64,
-    pub(super) macs: Macs,
+pub(in crate::command) struct Card {
+    pub(in crate::command) parameters: u64,
+    pub(in crate::command) macs: Macs,
 }
 
 #[derive(Debug, Deserialize)]
-pub(super) struct Macs {
-    pub(super) merge: u64,
+pub(in crate::command) struct Macs {
+    pub(in crate::command) merge: u64,
 }
 
 /// Asks the worker's program about the network of a recipe.
-pub(super) fn card(recipe: &Recipe, worker: &Path) -> Result<Card> {
+pub(in crate::command) fn card(recipe: &Recipe, worker: &Path) -> Result<Card> {
     let tree = toml::Table::try_from(&recipe.model).context("the recipe cannot be written")?;
     let mut command = Command::new(worker);
     command.args(["model", "show", &recipe.model.name, "--json"]);
@@ -43,15 +35,9 @@ pub(super) fn card(recipe: &Recipe, worker: &Path) -> Result<Card> {
     serde_json::from_slice(&output.stdout).context("what the worker says of its network")
 }
 
-/// Writes the log of a run anew, from its event log.
-pub(super) async fn write(dir: &RunDir, worker: &Path) -> Result<()> {
-    let recipe = history::require_run(dir)?;
-    let parameters = card(&recipe, worker)?.parameters;
-    let entries = history::read(dir, 1).await?.entries;
-    let lines: String =
-        epochs(&entries, &recipe, parameters).iter().map(|line| format!("{line}\n")).collect();
-    let path = Path::new(dir.location()).join("log.jsonl");
-    write_atomically(&path, lines.as_bytes(), 0o644)
+/// The log of a run, from its event log.
+pub(in crate::command) fn text(entries: &[Entry], recipe: &Recipe, parameters: u64) -> String {
+    epochs(entries, recipe, parameters).iter().map(|line| format!("{line}\n")).collect()
 }
 
 /// The steps of an epoch so far.
@@ -114,7 +100,7 @@ impl Epoch {
 /// In percent, as the original.
 fn scores(line: &mut Map<String, Value>, suffix: &str, scores: &ExitScores) {
     line.insert(format!("test_loss{suffix}"), json!(scores.loss));
-    for (exit, top1) in EXITS.iter().zip(scores.top1) {
+    for (exit, top1) in ExitScores::EXITS.iter().zip(scores.top1) {
         line.insert(format!("test_acc1_{exit}{suffix}"), json!(top1 * 100.0));
     }
 }

@@ -8,7 +8,10 @@ use tokio::process::Command;
 use super::*;
 use crate::{
     command::coordinator::host_name,
-    up::process::{Process, spawn},
+    up::{
+        process::{Process, spawn},
+        rules::CoordinatorRules,
+    },
 };
 
 /// How long a coordinator may take until it listens.
@@ -16,7 +19,15 @@ const START_MAX: Duration = Duration::from_secs(30);
 /// Its address comes as a file, which is looked for so often.
 const ADDRESS_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The coordinator's process.
+/// A place for a coordinator, which stays at its address.
+#[derive(Debug, Default)]
+pub(super) struct Seat {
+    pub(super) coordinator: Option<Coordinator>,
+    pub(super) rules: CoordinatorRules,
+    address: Option<String>,
+}
+
+/// A coordinator's process.
 #[derive(Debug)]
 pub(super) struct Coordinator {
     process: Process,
@@ -70,9 +81,22 @@ impl Worker {
 }
 
 impl Supervisor {
-    /// Starts the coordinator: at a free port, or where it was before.
-    pub(super) fn start_coordinator(&mut self) -> Result<()> {
-        let file = self.dir.address();
+    pub(super) fn seat(&mut self, number: u32) -> &mut Seat {
+        &mut self.seats[number as usize]
+    }
+
+    /// The seat of the coordinator that was heard of last, if its process is there.
+    pub(super) fn leader(&self) -> Option<u32> {
+        let number = self.client.as_ref().map_or(0, Client::leader);
+        self.seats[number]
+            .coordinator
+            .as_ref()
+            .map(|_| u32::try_from(number).expect("they are few"))
+    }
+
+    /// Starts a coordinator: at a free port, or where it was before.
+    pub(super) fn start_coordinator(&mut self, number: u32) -> Result<()> {
+        let file = self.dir.address_of(number);
         match std::fs::remove_file(&file) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 let what = format!("{} cannot be removed", file.display());
@@ -85,7 +109,7 @@ impl Supervisor {
         command
             .arg("coordinator")
             .args(["--workers", &self.plan.workers_expected.to_string()])
-            .args(["--listen", self.address.as_deref().unwrap_or("127.0.0.1:0")])
+            .args(["--listen", self.seat(number).address.as_deref().unwrap_or("127.0.0.1:0")])
             .arg("--recipe")
             .arg(self.dir.recipe())
             .arg("--run-dir")
@@ -93,21 +117,31 @@ impl Supervisor {
             .arg("--addr-file")
             .arg(&file)
             .arg("--exit-with-stdin")
-            // There is one at a time: each need not wait for the lease of the one before.
-            .args(["--holder", &format!("{} of {}", host_name(), self.dir)]);
-        let log = self.dir.process_log("coordinator");
-        let process = spawn(command, &log, self.happenings.clone(), Happening::CoordinatorEnded)?;
-        let address_watch = tokio::spawn(wait_for_address(file, log, self.happenings.clone()));
-        self.coordinator = Some(Coordinator { process, staged: false, address_watch });
+            // There is one at a time in a seat: each need not wait for the lease of the one before.
+            .args([
+                "--holder",
+                &format!("{} {} of {}", host_name(), coordinator_name(number), self.dir),
+            ]);
+        if self.seats.len() > 1 {
+            command.arg("--standby");
+        }
+        let log = self.dir.process_log(&coordinator_name(number));
+        let ended = move |end| Happening::CoordinatorEnded(number, end);
+        let process = spawn(command, &log, self.happenings.clone(), ended)?;
+        let happenings = self.happenings.clone();
+        let address_watch = tokio::spawn(wait_for_address(number, file, log, happenings));
+        self.seat(number).coordinator = Some(Coordinator { process, staged: false, address_watch });
         Ok(())
     }
 
-    /// The coordinator listens: the first time, all the rest is started.
-    pub(super) fn serving(&mut self, address: String) -> Result<()> {
-        if self.client.is_some() {
+    /// A coordinator has its address: when all have theirs for the first time, all the rest is started.
+    pub(super) fn serving(&mut self, number: u32, address: String) -> Result<()> {
+        self.seat(number).address = Some(address);
+        if self.client.is_some() || self.seats.iter().any(|seat| seat.address.is_none()) {
             return Ok(());
         }
-        let client = Client::new(&address, self.plan.run.clone(), &self.token)?;
+        let addresses = self.addresses("");
+        let client = Client::new(&addresses, self.plan.run.clone(), &self.token)?;
         let (last, happenings) = (self.report.last(), self.happenings.clone());
         self.tasks.push(tokio::spawn(watch::follow(
             client.clone(),
@@ -115,7 +149,6 @@ impl Supervisor {
             happenings,
             Happening::News,
         )));
-        self.address = Some(address);
         self.client = Some(client);
         self.report_former_workers();
         let resized = self.report.ledger().workers_wanted;
@@ -137,14 +170,19 @@ impl Supervisor {
         }
     }
 
+    /// Where coordinators listen, each with a word before it, separated by commas.
+    fn addresses(&self, before: &str) -> String {
+        let addresses = self.seats.iter().filter_map(|seat| seat.address.as_deref());
+        addresses.map(|address| format!("{before}{address}")).collect::<Vec<_>>().join(",")
+    }
+
     /// Starts a worker under the next number.
     pub(super) fn start_worker(&mut self) -> Result<u32> {
         let number = self.workers_next;
         let name = format!("worker-{number}");
-        let address = self.address.as_deref().expect("workers are started when it listens");
         let mut command = Command::new(&self.worker_program);
         command
-            .args(["--coordinator", &format!("http://{address}")])
+            .args(["--coordinator", &self.addresses("http://")])
             .args(["--run", self.plan.run.as_str()])
             .arg("--token-file")
             .arg(self.dir.token())
@@ -162,7 +200,12 @@ impl Supervisor {
 }
 
 /// The file appears in one piece, so what is in it is complete.
-async fn wait_for_address(file: PathBuf, log: PathBuf, happenings: mpsc::Sender<Happening>) {
+async fn wait_for_address(
+    number: u32,
+    file: PathBuf,
+    log: PathBuf,
+    happenings: mpsc::Sender<Happening>,
+) {
     let look = async {
         loop {
             if let Ok(address) = std::fs::read_to_string(&file) {
@@ -172,7 +215,7 @@ async fn wait_for_address(file: PathBuf, log: PathBuf, happenings: mpsc::Sender<
         }
     };
     let happening = match tokio::time::timeout(START_MAX, look).await {
-        Ok(address) => Happening::Serving(address),
+        Ok(address) => Happening::Serving(number, address),
         Err(_) => {
             let (seconds, log) = (START_MAX.as_secs(), log.display());
             let error = anyhow!("the coordinator did not listen within {seconds} s; see {log}");

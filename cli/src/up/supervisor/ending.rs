@@ -2,7 +2,7 @@
 
 use tokio::time::{Instant, timeout_at};
 
-use super::*;
+use super::{children::Coordinator, *};
 
 /// How long workers and coordinator may take to end by themselves when the run has ended.
 const FAREWELL: Duration = Duration::from_secs(8);
@@ -24,13 +24,21 @@ impl Supervisor {
             self.face.line("stopping");
         }
         self.workers.values_mut().for_each(Worker::ask_to_end);
-        self.coordinator.iter().for_each(Coordinator::ask_to_end);
+        self.seats
+            .iter()
+            .filter_map(|seat| seat.coordinator.as_ref())
+            .for_each(Coordinator::ask_to_end);
         self.wait_until_gone(receiver, ASKED).await;
         self.workers.values_mut().for_each(Worker::kill);
-        self.coordinator.iter_mut().for_each(Coordinator::kill);
+        self.seats
+            .iter_mut()
+            .filter_map(|seat| seat.coordinator.as_mut())
+            .for_each(Coordinator::kill);
         self.wait_until_gone(receiver, KILLED).await;
         self.tasks.iter().for_each(JoinHandle::abort);
-        std::fs::remove_file(self.dir.address()).ok(); // Nobody listens there any more.
+        for number in (0..).take(self.seats.len()) {
+            std::fs::remove_file(self.dir.address_of(number)).ok(); // Nobody listens there any more.
+        }
         self.face.close();
         self.say_how(exit)
     }
@@ -68,18 +76,19 @@ impl Supervisor {
         patience: Duration,
     ) {
         let end = Instant::now() + patience;
-        while self.coordinator.is_some() || !self.workers.is_empty() {
+        while self.seats.iter().any(|seat| seat.coordinator.is_some()) || !self.workers.is_empty() {
             let Ok(Some(happening)) = timeout_at(end, receiver.recv()).await else { return };
             match happening {
                 Happening::WorkerEnded(number, _) => drop(self.workers.remove(&number)),
-                Happening::CoordinatorEnded(_) => self.coordinator = None,
+                Happening::CoordinatorEnded(number, _) => self.seat(number).coordinator = None,
                 Happening::News(News::Entry(entry)) => self.report.apply(&entry),
                 Happening::News(News::Liveness(liveness)) => self.report.heard(&liveness),
                 Happening::Interrupted => return,
                 Happening::News(News::Lost(_))
-                | Happening::Serving(_)
-                | Happening::CoordinatorDue
-                | Happening::WorkersDue => {}
+                | Happening::Serving(..)
+                | Happening::CoordinatorDue(_)
+                | Happening::WorkersDue
+                | Happening::LastKept(_) => {}
             }
         }
     }

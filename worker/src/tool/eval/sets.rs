@@ -18,7 +18,7 @@ const BATCHES: u64 = 101;
 const SEED: u64 = u64::from_le_bytes(*b"eval/v1\0");
 
 /// A recipe's dataset, as evaluation sees it.
-pub(super) struct Images<'r> {
+pub(in crate::tool) struct Images<'r> {
     recipe: &'r Recipe,
     dataset: Arc<Dataset>,
     split: String,
@@ -26,7 +26,7 @@ pub(super) struct Images<'r> {
 
 impl<'r> Images<'r> {
     /// Opens the split, or the recipe's validation split.
-    pub(super) fn open(recipe: &'r Recipe, split: Option<&str>) -> Result<Self> {
+    pub(in crate::tool) fn open(recipe: &'r Recipe, split: Option<&str>) -> Result<Self> {
         let location = &recipe.data.location;
         ensure!(
             !location.is_empty(),
@@ -37,11 +37,11 @@ impl<'r> Images<'r> {
         Ok(Self { recipe, dataset, split })
     }
 
-    pub(super) fn split(&self) -> &str {
+    pub(in crate::tool) fn split(&self) -> &str {
         &self.split
     }
 
-    pub(super) fn classes(&self) -> &[String] {
+    pub(in crate::tool) fn classes(&self) -> &[String] {
         self.dataset.classes()
     }
 
@@ -61,7 +61,12 @@ impl<'r> Images<'r> {
     }
 
     /// How sure the exits are of training images in a seeded order, shown as in evaluation.
-    pub(super) fn training(&self, network: &Network, batch: u64, most: u64) -> Result<Confidences> {
+    pub(in crate::tool) fn training(
+        &self,
+        network: &Network,
+        batch: u64,
+        most: u64,
+    ) -> Result<Confidences> {
         let dataset = self.training_split()?;
         let order = Order::new(dataset.len(), SEED, Epoch(0));
         let ids: Vec<u64> = (0..dataset.len().min(most)).map(|place| order.sample(place)).collect();
@@ -128,7 +133,7 @@ fn chunk(batch: u64) -> usize {
 }
 
 /// Reads batches again and again into the same memory.
-struct Reader {
+pub(in crate::tool) struct Reader {
     loader: Loader,
     normalize: Normalize,
     pixels: Batch,
@@ -136,17 +141,22 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(dataset: Arc<Dataset>, transform: Transform) -> Self {
+    pub(in crate::tool) fn new(dataset: Arc<Dataset>, transform: Transform) -> Self {
         let normalize = transform.normalize();
         let loader = Loader::new(dataset, transform);
         Self { loader, normalize, pixels: Batch::new(), planes: Vec::new() }
     }
 
     /// `[B, 3, S, S]`; the labels are then in `pixels`.
-    fn read(&mut self, ids: &[u64], epoch: Epoch) -> Result<Tensor> {
+    pub(in crate::tool) fn read(&mut self, ids: &[u64], epoch: Epoch) -> Result<Tensor> {
         self.loader.load(ids, epoch, &mut self.pixels)?;
         self.normalize.nchw(&self.pixels, &mut self.planes);
-        let side = i64::try_from(self.pixels.size).expect("a side fits");
-        Ok(Tensor::from_slice(&self.planes).view([-1, 3, side, side]))
+        Ok(tensor(&self.planes, self.pixels.size))
     }
+}
+
+/// Planes of images of `size` pixels as `[B, 3, S, S]`.
+pub(in crate::tool) fn tensor(planes: &[f32], size: usize) -> Tensor {
+    let side = i64::try_from(size).expect("a side fits");
+    Tensor::from_slice(planes).view([-1, 3, side, side])
 }

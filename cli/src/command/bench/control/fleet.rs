@@ -250,9 +250,11 @@ async fn open(door: Door, number: u64) -> Result<Opened> {
     let hello = Hello {
         name: format!("worker-{number}"),
         address: format!("10.{}.{}.{}:7000", number >> 16, (number >> 8) & 255, number & 255),
+        node: String::new(),
         fingerprint: Fingerprint::default(),
         generation: None,
         applied: None,
+        preparing: false,
     };
     let hello = v1::Hello::new(worker, &hello, env!("CARGO_PKG_VERSION"));
     let (requests, receiver) = mpsc::unbounded_channel();
