@@ -8,12 +8,14 @@ mod checkpoints;
 pub(crate) mod coordinator;
 mod curves;
 mod explain;
+mod guard;
 mod incidents;
 mod log;
 mod page;
 mod recipe;
 mod shards;
 mod simulate;
+mod slurm;
 mod status;
 mod train;
 mod up;
@@ -94,6 +96,12 @@ pub(crate) enum Command {
     /// list such as cuda:0,cuda:1, runs one a device, and another in the place of one that fails.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Worker(worker::Arguments),
+    /// Train on a Slurm cluster.
+    #[command(subcommand)]
+    Slurm(slurm::Command),
+    /// Run a worker on a machine that may be taken away, and say whether to start it again.
+    #[command(after_help = guard::AFTER_HELP)]
+    Guard(guard::Arguments),
 }
 
 impl Command {
@@ -125,6 +133,8 @@ impl Command {
             Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),
             Self::Worker(arguments) => worker::run(arguments),
+            Self::Slurm(command) => in_runtime(slurm::run(command)),
+            Self::Guard(arguments) => in_runtime(guard::run(arguments)),
         }
     }
 }

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::{
     client::{self, Client},
     run_dir::{Contents, RunDir},
-    shared::SharedRun,
+    shared::{self, SharedRun},
 };
 
 /// How long a coordinator may take to answer before the file is read instead.
@@ -102,11 +102,11 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    /// A folder, or a URL as it was given to `--log`.
+    /// The folder of a run, or what was given to `--log`.
     pub(crate) async fn of(place: &Path) -> Result<Self> {
         match place.to_str() {
-            Some(url) if url.contains("://") => {
-                let store = Store::open(url)?;
+            Some(location) if location.contains("://") || place.join(shared::OBJECT).is_file() => {
+                let store = Store::open(location)?;
                 let run = SharedRun::read(&store).await?;
                 Ok(Self::Shared(store, run))
             }

@@ -4,6 +4,7 @@
 
 mod client;
 mod command;
+mod guard;
 mod history;
 mod incidents;
 mod node;
@@ -11,6 +12,7 @@ mod page;
 mod print;
 mod run_dir;
 mod shared;
+mod slurm;
 mod tale;
 mod up;
 

@@ -12,6 +12,7 @@
 
 mod commit;
 mod config;
+mod health;
 mod host;
 mod http;
 mod journal;
@@ -23,6 +24,7 @@ mod store;
 mod watch;
 
 pub use config::{Config, Lease, LogAt, StartError};
+pub use health::Health;
 pub use host::{Leader, serve};
 pub use journal::{append as append_shared, read as read_shared};
 pub use store::{Entry, EventLog, LogError};

@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod chaos;
 mod ci;
+mod cloud;
 mod demo;
 mod gpu;
 mod lint;
@@ -38,7 +39,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Find or install what the build needs: libtorch, a C++ compiler, make, cmake, nasm.
-    Setup,
+    Setup {
+        /// Also what `cloud` needs: helm, hadolint, Slurm, and a Kubernetes control plane, built once.
+        #[arg(long)]
+        cloud: bool,
+    },
     /// Train the digits with three workers, one of them killed and one joined on the way.
     Demo,
     /// Build the release binaries and run every test.
@@ -61,6 +66,8 @@ enum Task {
     Gpu(gpu::Options),
     /// Break a run of real processes again and again, and want the undisturbed run's bits.
     Chaos(chaos::Options),
+    /// Check chart, images, job templates and Slurm scripts, with real servers.
+    Cloud(cloud::Options),
     /// Run a benchmark on the release binaries.
     #[command(subcommand, arg_required_else_help = true)]
     Bench(bench::Benchmark),
@@ -80,7 +87,11 @@ fn main() -> ExitCode {
 fn run(task: &Task) -> anyhow::Result<()> {
     let workspace = Workspace::find()?;
     match task {
-        Task::Setup => setup::run(&workspace).and_then(|()| setup::s3_server(&workspace)),
+        Task::Setup { cloud } => {
+            setup::run(&workspace)?;
+            setup::s3_server(&workspace)?;
+            if *cloud { setup::for_cloud(&workspace) } else { Ok(()) }
+        }
         Task::Demo => demo::run(&workspace),
         Task::Test => test::run(&workspace),
         Task::Lint => lint::run(&workspace),
@@ -92,6 +103,7 @@ fn run(task: &Task) -> anyhow::Result<()> {
         Task::TorchFiles(options) => torch_files::run(&workspace, options),
         Task::Gpu(options) => gpu::run(&workspace, options),
         Task::Chaos(options) => chaos::run(&workspace, options),
+        Task::Cloud(options) => cloud::run(&workspace, options),
         Task::Bench(benchmark) => bench::run(&workspace, benchmark),
     }
 }

@@ -12,10 +12,12 @@ use anyhow::{Context, Result};
 use crate::process;
 use crate::workspace::Workspace;
 
+mod cloud;
 mod libtorch;
 mod system;
 mod wheels;
 
+pub(crate) use cloud::{control_plane, for_cloud, hadolint, helms, manifests_python, slurm};
 pub(crate) use libtorch::FOLDER as LIBTORCH_FOLDER;
 pub(crate) use wheels::tools_on_path;
 

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use ::coordinator::{Config, Leader, Lease, LogAt};
+use ::coordinator::{Config, Health, Leader, Lease, LogAt};
 use anyhow::{Context as _, Result, bail, ensure};
 use checkpoint::Store;
 use clap::Args;
@@ -17,6 +17,7 @@ use recipe::Recipe;
 use shards::Dataset;
 use tokio::{
     net::{TcpListener, TcpSocket},
+    signal::unix::{SignalKind, signal},
     sync::oneshot,
 };
 use tracing_subscriber::EnvFilter;
@@ -30,8 +31,11 @@ use crate::{
 /// Connections that may wait to be taken.
 const BACKLOG: u32 = 1024;
 
-pub(super) const AFTER_HELP: &str =
-    "PERCHERON_LOG says how much is logged on the standard error [default: info].";
+pub(super) const AFTER_HELP: &str = "Ends with 0 if the run is finished, 143 if it was asked to stop by SIGTERM, else 1. PERCHERON_LOG says how \
+much is logged on the standard error [default: info].";
+
+/// What the process ends with when it was asked to stop: 128 and the number of SIGTERM.
+const ASKED_TO_STOP: u8 = 143;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -67,6 +71,14 @@ pub(crate) struct Arguments {
     /// [default: drawn].
     #[arg(long, value_name = "NAME")]
     holder: Option<String>,
+    /// Answer gRPC health checks here, in plain text: the service "" is served by whoever is well, and
+    /// "percheron.v1.ClusterService" by who leads.
+    #[arg(long, value_name = "ADDRESS")]
+    health: Option<SocketAddr>,
+    /// When the run is finished, stay until asked to stop, so that a supervisor that starts again what has
+    /// ended does not.
+    #[arg(long)]
+    linger: bool,
     /// Stop when the standard input is closed, so as not to outlive who started this.
     #[arg(long)]
     exit_with_stdin: bool,
@@ -86,6 +98,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         let address = socket.local_addr().context("the address that is listened on")?;
         run_dir::write_atomically(file, address.to_string().as_bytes(), 0o644)?;
     }
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let health = health(arguments.health).await?;
     let config = configure(&arguments).await?;
     let led = async {
         let leader = Leader::begin(config).await?;
@@ -96,14 +110,39 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
             Some(at) => listen_http(at, arguments.standby).await?,
             None => None,
         };
-        anyhow::Ok(leader.serve_with(listener, http).await?)
+        lead(health.as_ref(), true).await;
+        let outcome = leader.serve_with(listener, http).await;
+        lead(health.as_ref(), false).await;
+        if arguments.linger && matches!(outcome, Ok(Outcome::Finished { .. })) {
+            tracing::info!("the run is finished; staying until asked to stop");
+            std::future::pending::<()>().await;
+        }
+        anyhow::Ok(outcome?)
     };
     tokio::select! {
         outcome = led => match outcome? {
             Outcome::Finished { .. } => Ok(ExitCode::SUCCESS),
             Outcome::Failed { reason } => bail!(reason),
         },
+        _ = terminate.recv() => {
+            tracing::info!("asked to stop by SIGTERM");
+            Ok(ExitCode::from(ASKED_TO_STOP))
+        }
         () = stdin_closed(), if arguments.exit_with_stdin => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Answers health checks at `address`, if there is one.
+async fn health(address: Option<SocketAddr>) -> Result<Option<Health>> {
+    let Some(address) = address else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.with_context(|| format!("--health: cannot listen on {address}"))?;
+    Ok(Some(Health::serve(listener).await))
+}
+
+async fn lead(health: Option<&Health>, leads: bool) {
+    if let Some(health) = health {
+        health.leads(leads).await;
     }
 }
 
@@ -143,7 +182,16 @@ async fn configure(arguments: &Arguments) -> Result<Config> {
             let shared = SharedRun::read(&Store::open(location)?).await?;
             (shared.recipe(location)?, shared.run, shared.checkpoints)
         }
-        (Some(file), _) => (Recipe::load(file, &[])?, dir.run()?, dir.checkpoints()?),
+        (Some(file), at) => {
+            let recipe = Recipe::load(file, &[])?;
+            let (run, checkpoints) = (dir.run()?, dir.checkpoints()?);
+            if let Some(location) = at {
+                let (run, recipe) = (run.clone(), recipe.to_toml());
+                let shared = SharedRun { run, checkpoints: checkpoints.clone(), recipe };
+                shared.agree(&Store::create(location).context("--log")?).await?;
+            }
+            (recipe, run, checkpoints)
+        }
         (None, None) => {
             bail!("no recipe is given: say --recipe FILE, or --log LOCATION of its run")
         }

