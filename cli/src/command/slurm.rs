@@ -126,6 +126,7 @@ pub(crate) async fn run(command: Command) -> Result<ExitCode> {
         quarantine: false,
         devices: Vec::new(),
         transport: None,
+        standbys: 0,
     };
     let prepared = match prepare(request).await? {
         Start::Run(prepared) => prepared,
