@@ -50,6 +50,8 @@ pub struct Coordinator {
     /// Since when members have failed to form a generation although all seem to be there.
     troubled_since: Option<Timestamp>,
     step_time: Option<Duration>,
+    /// How often the states differed and nobody could tell whose was wrong.
+    divergences: u32,
     /// How fast workers are, and from when on that is looked at again.
     pace: Pace,
     pace_checked_after: Timestamp,
@@ -174,6 +176,7 @@ impl Coordinator {
             stopped: BTreeSet::new(),
             troubled_since: None,
             step_time: None,
+            divergences: 0,
             pace: Pace::default(),
             pace_checked_after: now,
             unsettled: true,
@@ -385,6 +388,11 @@ impl Coordinator {
             Report::CheckpointDamaged { generation, step, reason } => {
                 if generation == self.ledger.generation && self.is_member(worker) {
                     self.checkpoint_damaged(now, worker, step, &reason);
+                }
+            }
+            Report::Diverged { generation, step, agreed, odd, reason } => {
+                if generation == self.ledger.generation && self.is_member(worker) {
+                    self.diverged(now, step, agreed, odd, &reason);
                 }
             }
             Report::Finished { generation, step, state_sha256 } => {

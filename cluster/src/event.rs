@@ -175,6 +175,20 @@ pub enum Report {
         /// The object and what is wrong with it.
         reason: String,
     },
+    /// The members hold different states after the same step. None of them has a usable one any more, and this worker
+    /// waits for a new generation.
+    Diverged {
+        /// In which generation.
+        generation: Generation,
+        /// The step after which they compared them.
+        step: Step,
+        /// The step up to which what was kept can be trusted: until then they were equal.
+        agreed: Step,
+        /// Who differs from most, if most agree.
+        odd: Option<Rank>,
+        /// What was found.
+        reason: String,
+    },
     /// The last step is applied, evaluated and written.
     Finished {
         /// In which generation.

@@ -106,6 +106,19 @@ pub enum Notice {
         /// The object and what is wrong with it.
         reason: String,
     },
+    /// The trainer found that the members' states differ, and gave its own up.
+    Diverged {
+        /// In which generation.
+        generation: Generation,
+        /// The step after which they compared them.
+        step: Step,
+        /// The step up to which what was kept can be trusted: until then they were equal.
+        agreed: Step,
+        /// Who differs from most, if most agree.
+        odd: Option<Rank>,
+        /// What was found.
+        reason: String,
+    },
     /// The trainer's exchange broke, and it stopped.
     ExchangeLost {
         /// In which generation.
@@ -252,6 +265,14 @@ impl Participant {
             Notice::CheckpointDamaged { generation, step, reason } => {
                 if self.forms(generation) {
                     self.broken(Some(Report::CheckpointDamaged { generation, step, reason }));
+                }
+            }
+            Notice::Diverged { generation, step, agreed, odd, reason } => {
+                let lost = Report::Diverged { generation, step, agreed, odd, reason };
+                if self.forms(generation) {
+                    self.broken(Some(lost));
+                } else {
+                    self.exchange_lost(generation, lost);
                 }
             }
             Notice::ExchangeLost { generation, applied, peer, reason, at } => {

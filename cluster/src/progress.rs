@@ -277,6 +277,7 @@ fn in_words(report: &Report) -> Option<String> {
         Report::CheckpointDamaged { step, .. } => {
             format!("it found checkpoint {step} damaged")
         }
+        Report::Diverged { step, .. } => format!("it found that states differ after step {step}"),
         Report::Finished { step, .. } => format!("it did the last step, {step}"),
         Report::NodeFaulty { .. } => "it found its machine faulty".to_owned(),
         Report::Ready => "it was ready to train".to_owned(),

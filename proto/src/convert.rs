@@ -3,11 +3,14 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use cluster::{
-    Epoch, Evaluation, ExitScores, Fingerprint, Generation, Group, Hello, Member, Order, Part,
-    Progress, Rank, Report, Share, Step, StepMetrics, StepPhase, Term, Timestamp, WorkerId,
+    Epoch, Evaluation, ExitScores, Fingerprint, Generation, Hello, Order, Part, Progress, Rank,
+    Report, Share, Step, StepMetrics, StepPhase, Term, Timestamp, WorkerId,
 };
 
-use crate::v1::{self, report::Kind as ReportKind, session_response::Kind as ResponseKind};
+use crate::{
+    group::{group_from_wire, group_to_wire},
+    v1::{self, report::Kind as ReportKind, session_response::Kind as ResponseKind},
+};
 
 /// A message that the sender's software cannot have meant.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -126,6 +129,15 @@ pub fn report_to_wire(sequence: u64, report: &Report) -> v1::Report {
                 reason,
             })
         }
+        Report::Diverged { generation, step, agreed, odd, reason } => {
+            ReportKind::Diverged(v1::Diverged {
+                generation: generation.0,
+                step: step.0,
+                agreed: agreed.0,
+                odd: odd.map(|rank| rank.0),
+                reason,
+            })
+        }
         Report::Finished { generation, step, state_sha256 } => ReportKind::Finished(v1::Finished {
             generation: generation.0,
             step: step.0,
@@ -224,6 +236,13 @@ pub fn report_from_wire(report: v1::Report) -> Result<Report, Malformed> {
             generation: Generation(damaged.generation),
             step: Step(damaged.step),
             reason: damaged.reason,
+        },
+        ReportKind::Diverged(diverged) => Report::Diverged {
+            generation: Generation(diverged.generation),
+            step: Step(diverged.step),
+            agreed: Step(diverged.agreed),
+            odd: diverged.odd.map(Rank),
+            reason: diverged.reason,
         },
         ReportKind::Finished(finished) => Report::Finished {
             generation: Generation(finished.generation),
@@ -431,56 +450,10 @@ pub fn order_from_response(response: &v1::SessionResponse) -> Result<Option<Orde
     }))
 }
 
-pub(crate) fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
-    let members = group.members.iter().map(|member| v1::Member {
-        worker: member.worker.0,
-        name: member.name.clone(),
-        address: member.address.clone(),
-        block_start: member.block.start,
-        block_end: member.block.end,
-    });
-    v1::Group {
-        generation: group.generation.0,
-        term: group.term.0,
-        members: members.collect(),
-        planned: group.planned,
-        checkpoint: group.checkpoint.map(|step| step.0),
-        checkpoint_at: group.checkpoint_at.map(|step| step.0),
-        evaluated: group.evaluated.map(|step| step.0),
-        secret: secret.to_vec(),
-        change: None,
-        last: group.last,
-    }
-}
-
-pub(crate) fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
-    let mut members = Vec::with_capacity(group.members.len());
-    for member in group.members {
-        if member.block_start >= member.block_end {
-            let problem = "must lie above block_start";
-            return Err(Malformed { message: "Member", field: "block_end", problem });
-        }
-        members.push(Member {
-            worker: WorkerId(member.worker),
-            name: member.name,
-            address: member.address,
-            block: member.block_start..member.block_end,
-        });
-    }
-    Ok(Group {
-        generation: Generation(group.generation),
-        term: Term(group.term),
-        members: members.into(),
-        planned: group.planned,
-        checkpoint: group.checkpoint.map(Step),
-        checkpoint_at: group.checkpoint_at.map(Step),
-        evaluated: group.evaluated.map(Step),
-        last: group.last,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use cluster::{Group, Member};
+
     use super::*;
 
     fn reports() -> Vec<Report> {
@@ -536,6 +509,13 @@ mod tests {
             },
             Report::ShareFailed { generation, step, reason: "full".to_owned() },
             Report::CheckpointDamaged { generation, step, reason: "torn".to_owned() },
+            Report::Diverged {
+                generation,
+                step,
+                agreed: Step(40),
+                odd: Some(Rank(2)),
+                reason: "a bit".to_owned(),
+            },
             Report::Finished { generation, step, state_sha256: "e".to_owned() },
             Report::NodeFaulty { reason: "Xid 79".to_owned() },
             Report::Ready,

@@ -11,13 +11,13 @@ use std::{
     sync::Arc,
 };
 
-use cluster::{Generation, Group, Member, Order, WorkerId};
+use cluster::{Generation, Group, Member, Order, Step, Term, WorkerId};
 use flate2::{Compression, read::DeflateDecoder, write::DeflateEncoder};
 use prost::Message as _;
 
 use crate::{
     Malformed,
-    convert::{group_from_wire, group_to_wire, order_from_response},
+    convert::order_from_response,
     v1::{self, session_response::Kind},
 };
 
@@ -246,6 +246,54 @@ impl Listener {
 fn member_of(wire: v1::Member) -> Member {
     let v1::Member { worker, name, address, block_start, block_end } = wire;
     Member { worker: WorkerId(worker), name, address, block: block_start..block_end }
+}
+
+pub(crate) fn group_to_wire(group: &Group, secret: [u8; 32]) -> v1::Group {
+    let members = group.members.iter().map(|member| v1::Member {
+        worker: member.worker.0,
+        name: member.name.clone(),
+        address: member.address.clone(),
+        block_start: member.block.start,
+        block_end: member.block.end,
+    });
+    v1::Group {
+        generation: group.generation.0,
+        term: group.term.0,
+        members: members.collect(),
+        planned: group.planned,
+        checkpoint: group.checkpoint.map(|step| step.0),
+        checkpoint_at: group.checkpoint_at.map(|step| step.0),
+        evaluated: group.evaluated.map(|step| step.0),
+        secret: secret.to_vec(),
+        change: None,
+        last: group.last,
+    }
+}
+
+pub(crate) fn group_from_wire(group: v1::Group) -> Result<Group, Malformed> {
+    let mut members = Vec::with_capacity(group.members.len());
+    for member in group.members {
+        if member.block_start >= member.block_end {
+            let problem = "must lie above block_start";
+            return Err(Malformed { message: "Member", field: "block_end", problem });
+        }
+        members.push(Member {
+            worker: WorkerId(member.worker),
+            name: member.name,
+            address: member.address,
+            block: member.block_start..member.block_end,
+        });
+    }
+    Ok(Group {
+        generation: Generation(group.generation),
+        term: Term(group.term),
+        members: members.into(),
+        planned: group.planned,
+        checkpoint: group.checkpoint.map(Step),
+        checkpoint_at: group.checkpoint_at.map(Step),
+        evaluated: group.evaluated.map(Step),
+        last: group.last,
+    })
 }
 
 #[cfg(test)]

@@ -319,11 +319,15 @@ pub struct Elastic {
     /// waits are derived from it.
     #[serde(with = "humantime_serde")]
     pub max_recovery: Duration,
+    /// After every so many steps the workers compare digests of their whole states, and whoever differs from most
+    /// takes the others'; 0 for never. Takes as long as hashing the state.
+    pub vote_every_steps: u64,
 }
 
 impl Default for Elastic {
     fn default() -> Self {
-        Self { workers_min: 1, workers_max: None, max_recovery: Duration::from_secs(10) }
+        let max_recovery = Duration::from_secs(10);
+        Self { workers_min: 1, workers_max: None, max_recovery, vote_every_steps: 1000 }
     }
 }
 

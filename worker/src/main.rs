@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser};
-use cluster::{Exit, Fingerprint, RunId};
+use cluster::{Exit, Fingerprint, RunId, Step};
 use libtorch::Precision;
 use tracing_subscriber::EnvFilter;
 use worker::{
@@ -63,6 +63,9 @@ struct Training {
     /// Ask a GPU for each operation by itself instead of for one recorded graph. The bits are the same.
     #[arg(long)]
     no_graph: bool,
+    /// Flip a bit of this worker's state after a step, to see that a vote finds it (elastic.vote_every_steps).
+    #[arg(long, value_name = "STEP", hide = true)]
+    flip_a_bit_after: Option<u64>,
     /// End when standard input ends.
     #[arg(long)]
     exit_with_stdin: bool,
@@ -127,6 +130,7 @@ fn train(arguments: Training) -> Result<Exit> {
         loaders: arguments.loaders.unwrap_or_else(|| loaders(arguments.device)),
         transport: arguments.transport,
         graph: !arguments.no_graph,
+        flip_after: arguments.flip_a_bit_after.map(Step),
     };
     let options = Options {
         coordinator: arguments.coordinator,

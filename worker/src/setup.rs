@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cluster::{RunConfig, RunId};
+use cluster::{RunConfig, RunId, Step};
 use model::{AdamWConfig, Architecture, LossConfig, ModelConfig, Schedule, ScheduleConfig};
 use recipe::{Precision, Recipe};
 use shards::{BatchPlan, Dataset, Mixing, OnCorruptSample, Transform};
@@ -89,6 +89,26 @@ pub enum SetupError {
 }
 
 impl Setup {
+    /// Whether states are compared while training goes on.
+    #[must_use]
+    pub fn votes(&self) -> bool {
+        self.recipe.elastic.vote_every_steps > 0
+    }
+
+    /// Whether the states after `step` are compared.
+    #[must_use]
+    pub fn votes_at(&self, step: Step) -> bool {
+        let is_last = step == self.plan.steps_total;
+        self.votes() && (is_last || step.0.is_multiple_of(self.recipe.elastic.vote_every_steps))
+    }
+
+    /// The last step before `step` after which they were.
+    #[must_use]
+    pub fn voted_before(&self, step: Step) -> Step {
+        let every = self.recipe.elastic.vote_every_steps;
+        Step(step.0.saturating_sub(1).checked_div(every).unwrap_or(0) * every)
+    }
+
     /// Reads the recipe and opens the images.
     ///
     /// # Errors

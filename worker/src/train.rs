@@ -8,6 +8,7 @@ pub(crate) mod checkpoints;
 mod device_step;
 mod eval;
 mod forming;
+mod interrupted;
 pub(crate) mod memory;
 mod state;
 mod step;
@@ -29,19 +30,21 @@ use cluster::{
 };
 use collective::{AbortHandle, Exchange, ExchangeError, FormError, Mesh, MeshConfig, MeshListener};
 use tokio::sync::mpsc::UnboundedSender;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use self::{
     blame::{culprit, missing, resolve},
     checkpoints::{share, share_bytes},
     eval::Evaluator,
     forming::Origin,
+    interrupted::unreadable,
     memory::ShareMemory,
     step::Surroundings,
     steps::Steps,
 };
 pub use self::{
     checkpoints::{RestoreError, ShareBytes},
+    interrupted::Interrupted,
     state::{SECTIONS, TrainState},
 };
 use crate::{
@@ -164,11 +167,14 @@ pub struct Means {
     pub transport: Transport,
     /// Whether a GPU is given a pass as one recorded graph.
     pub graph: bool,
+    /// Damages the state after this step, to see that it is found. Of the CPU only.
+    pub flip_after: Option<Step>,
 }
 
 impl Default for Means {
     fn default() -> Self {
-        Self { device: tch::Device::Cpu, loaders: 1, transport: Transport::Auto, graph: true }
+        let (loaders, transport, graph) = (1, Transport::Auto, true);
+        Self { device: tch::Device::Cpu, loaders, transport, graph, flip_after: None }
     }
 }
 
@@ -181,73 +187,6 @@ pub enum Transport {
     Mesh,
     /// NCCL, which needs a GPU.
     Nccl,
-}
-
-/// Why a generation ended for this worker before its purpose was reached.
-#[derive(Debug, thiserror::Error)]
-pub enum Interrupted {
-    /// The peers could not be connected.
-    #[error(transparent)]
-    Form(#[from] FormError),
-    /// The members could not agree on a state.
-    #[error("{reason}")]
-    Forming {
-        /// Why.
-        reason: String,
-    },
-    /// The checkpoint to start from is damaged.
-    #[error("{reason}")]
-    Checkpoint {
-        /// Its step.
-        step: Step,
-        /// The object and what is wrong with it.
-        reason: String,
-    },
-    /// The connection to the peers broke.
-    #[error(transparent)]
-    Exchange(#[from] ExchangeError),
-    /// The run cannot go on, here or elsewhere.
-    #[error("{reason}")]
-    Fatal {
-        /// Why, and what to do.
-        reason: String,
-    },
-}
-
-impl From<shards::LoadError> for Interrupted {
-    fn from(error: shards::LoadError) -> Self {
-        Self::Fatal { reason: chain(&error) }
-    }
-}
-
-impl From<model::GradientError> for Interrupted {
-    fn from(error: model::GradientError) -> Self {
-        let text = chain(&error);
-        let reason = if text.contains("out of memory") {
-            let first = text.lines().next().unwrap_or_default();
-            format!(
-                "the GPU has too little memory for a micro-batch: lower batch_size and raise \
-                 update_freq or virtual_ranks by the same factor, or choose precision = bf16 \
-                 ({first})"
-            )
-        } else {
-            text
-        };
-        Self::Fatal { reason }
-    }
-}
-
-impl Interrupted {
-    fn not_finite(step: Step, loss: f32, norm: f64) -> Self {
-        Self::Fatal {
-            reason: format!(
-                "step {}: the loss is {loss} and the gradient norm {norm}, so training has diverged; \
-                 resume a checkpoint with a lower schedule.lr or a smaller optimizer.clip_grad in a \
-                 new run",
-                step.next()
-            ),
-        }
-    }
 }
 
 /// An error with its causes, in one line.
@@ -280,7 +219,7 @@ impl Trainer {
         self.say(Notice::Ready);
         while let Ok(formation) = formations.recv() {
             if let Err(interrupted) = training.take_part(&self, &formation) {
-                training.interrupted(&self, &formation.group, &interrupted);
+                training.interrupted(&self, &formation, &interrupted);
             }
             self.progress.set_applied(training.state.step());
             self.progress.enter(StepPhase::Idle);
@@ -321,6 +260,7 @@ impl Trainer {
             begun: Step(0),
             stopped_at: None,
             last: None,
+            flip_after: self.means.flip_after,
         })
     }
 
@@ -344,6 +284,8 @@ struct Training {
     stopped_at: Option<Timestamp>,
     /// The figures of the newest step that was made here.
     last: Option<(Step, StepMetrics)>,
+    /// As in [`Means`], until it is done.
+    flip_after: Option<Step>,
 }
 
 impl Training {
@@ -372,10 +314,13 @@ impl Training {
         let means = feed::Means { threads: host.means.loaders, device: host.means.device };
         let mut feed = Feed::start(&self.setup, block, self.step(), means)
             .map_err(|error| Interrupted::Fatal { reason: format!("no thread left: {error}") })?;
-        let (mut evaluated, mut leave) = (group.evaluated, false);
+        let (mut evaluated, mut leave, agreed) = (group.evaluated, false, step);
         loop {
             let step = self.step();
             let is_last = step == self.setup.plan.steps_total;
+            if self.setup.votes_at(step) && step > agreed {
+                forming::vote(&mut peers, &mut self.state, self.setup.voted_before(step))?;
+            }
             if host.keep.take(step) || is_last {
                 self.save_share(host, generation, (*rank, peers.size()), is_last);
             }
@@ -426,6 +371,9 @@ impl Training {
         peers: &mut Mesh,
     ) -> Result<blake3::Hash, Interrupted> {
         let held = forming::all_gather(peers, &self.state)?;
+        if let Some((step, _)) = held.iter().flatten().max().filter(|_| self.setup.votes()) {
+            forming::check_equal(&held, &mut self.state, self.setup.voted_before(*step))?;
+        }
         let digest = match forming::origin(&held, group.checkpoint) {
             Origin::Initial => {
                 beginning::begin(&mut self.state, &self.setup.recipe)
@@ -478,6 +426,13 @@ impl Training {
         host.progress.enter(StepPhase::Idle);
         let step = self.step();
         host.progress.set_applied(Some(step));
+        if self.flip_after.take_if(|after| *after == step).is_some() {
+            warn!(
+                step = step.0,
+                "a bit of this worker's state is flipped, as --flip-a-bit-after asks"
+            );
+            self.state.section_mut(0)[0] ^= 1;
+        }
         let metrics = timed(taken.metrics, started.elapsed(), host.progress.take_spent());
         self.last = Some((step, metrics));
         host.say(Notice::StepApplied { generation, step, metrics, at: wall_clock() });
@@ -512,10 +467,10 @@ impl Training {
     }
 
     /// Says why a generation ended early, unless it was this worker that was told to stop.
-    fn interrupted(&mut self, host: &Trainer, group: &Group, interrupted: &Interrupted) {
+    fn interrupted(&mut self, host: &Trainer, formation: &Formation, interrupted: &Interrupted) {
         let at = wall_clock();
         self.stopped_at.get_or_insert(at);
-        let generation = group.generation;
+        let generation = formation.group.generation;
         let (peer, reason) = match interrupted {
             Interrupted::Form(FormError::Aborted)
             | Interrupted::Exchange(ExchangeError::Aborted) => {
@@ -528,6 +483,12 @@ impl Training {
                 warn!(%generation, step = step.0, %reason, "checkpoint damaged");
                 let (step, reason) = (*step, reason.clone());
                 return host.say(Notice::CheckpointDamaged { generation, step, reason });
+            }
+            Interrupted::Diverged { step, agreed, odd, reason } => {
+                error!(%generation, reason);
+                retract_untrusted(host, formation.rank, *agreed, *odd);
+                let (step, agreed, odd, reason) = (*step, *agreed, *odd, reason.clone());
+                return host.say(Notice::Diverged { generation, step, agreed, odd, reason });
             }
             Interrupted::Form(error) => (missing(error), chain(error)),
             Interrupted::Forming { reason } => (None, reason.clone()),
@@ -542,21 +503,14 @@ impl Training {
     }
 }
 
-/// What a checkpoint that cannot be read means: damage is for the rules to answer, a store that does not
-/// answer may answer in the next generation, and all else is the end.
-fn unreadable(host: &Trainer, error: RestoreError) -> Interrupted {
-    match error {
-        RestoreError::Load(error) if error.fault.is_damage() => {
-            let setting_aside = checkpoints::set_aside(&host.checkpoints, &error);
-            match host.runtime.block_on(setting_aside) {
-                Ok(reason) => Interrupted::Checkpoint { step: error.step, reason },
-                Err(error) => Interrupted::Forming { reason: chain(&error) },
-            }
-        }
-        RestoreError::Load(error) => Interrupted::Forming { reason: chain(&error) },
-        error @ (RestoreError::Open(_)
-        | RestoreError::Quarantine(_)
-        | RestoreError::OtherSections { .. }) => Interrupted::Fatal { reason: chain(&error) },
+/// One of the members that is not to blame takes the checkpoints away that cannot be trusted, so that they can be written
+/// again.
+fn retract_untrusted(host: &Trainer, rank: Rank, agreed: Step, odd: Option<Rank>) {
+    let first = if odd == Some(Rank(0)) { Rank(1) } else { Rank(0) };
+    if rank == first
+        && let Err(error) = host.runtime.block_on(checkpoints::retract(&host.checkpoints, agreed))
+    {
+        warn!(error = chain(&error), "checkpoints that cannot be trusted are still in the store");
     }
 }
 

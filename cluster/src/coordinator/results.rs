@@ -4,8 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Coordinator, Phase, Saving};
 use crate::{
-    Command, Generation, Order, Outcome, Record, Share, Step, StepMetrics, Timestamp, WorkerId,
+    Command, Generation, Order, Outcome, Rank, Record, Share, Step, StepMetrics, Timestamp,
+    WorkerId,
 };
+
+/// So often the workers go back together because their states differ, before the run is given up.
+const DIVERGENCES_MAX: u32 = 3;
 
 impl Coordinator {
     /// Takes the results up to `step` as the run's. Figures are known for the last of them only.
@@ -131,10 +135,12 @@ impl Coordinator {
         if self.ledger.checkpoints.binary_search(&step).is_ok() {
             return;
         }
+        if self.saving.remove(&step).is_none() {
+            return; // It was given up meanwhile, as its state cannot be trusted.
+        }
         self.record(Record::CheckpointCommitted { step });
         self.unkept_since = now;
         self.unsettled |= self.ledger.last;
-        self.saving.remove(&step);
         self.abandon(|older, _| older < step, "a newer one was complete first");
         self.finish_if_complete(now);
     }
@@ -180,6 +186,39 @@ impl Coordinator {
                 self.open_generation(now, false, &reason);
             }
             _ => {} // It was not offered.
+        }
+    }
+
+    /// The members hold different states. What was computed since they were last equal cannot be trusted, as gradients
+    /// of a wrong state are in all of them: they go on from what was kept before. Whoever differs from most is lost.
+    pub(super) fn diverged(
+        &mut self,
+        now: Timestamp,
+        step: Step,
+        agreed: Step,
+        odd: Option<Rank>,
+        reason: &str,
+    ) {
+        let why =
+            format!("the states differed after step {step}, and were last equal after {agreed}");
+        let untrusted = self.ledger.checkpoints.iter().filter(|kept| **kept > agreed);
+        for step in untrusted.copied().collect::<Vec<_>>() {
+            self.record(Record::CheckpointAbandoned { step, reason: why.clone() });
+        }
+        self.abandon(|saved, _| saved > agreed, &why);
+        let odd = odd.and_then(|rank| self.ledger.members.get(rank.0 as usize));
+        match odd.map(|member| member.worker) {
+            Some(worker) => self.workers_lost(now, &[worker], reason),
+            None => {
+                self.divergences += 1;
+                if self.divergences == DIVERGENCES_MAX {
+                    return self.fail(&format!(
+                        "{reason}; that has happened {DIVERGENCES_MAX} times, and with so few workers nobody can tell \
+                         whose state is wrong: go on with three or more, or take the machines out one by one"
+                    ));
+                }
+                self.open_generation(now, false, reason);
+            }
         }
     }
 

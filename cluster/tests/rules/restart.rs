@@ -126,6 +126,7 @@ fn the_end_is_not_reached_before_its_last_step_is_adopted() {
     table.join(A);
     let mut table = table.restart();
     table.return_of(A);
+    table.say(A, share(table.generation(), 100, &[0, 1, 2, 3]));
     table.handle(Event::CheckpointCommitted { step: Step(100) });
     table.finish(A, "f00d"); // What it said before was heard by the one that died.
     assert_eq!(table.coordinator.ledger().outcome, None);

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use cluster::{
-    Command, Event, Generation, Ledger, Order, Outcome, Phase, Record, Report, RunConfig, Step,
-    Timestamp, WorkerId,
+    Command, Event, Generation, Ledger, Order, Outcome, Phase, Rank, Record, Report, RunConfig,
+    Step, Timestamp, WorkerId,
 };
 
 use crate::table::*;
@@ -499,4 +499,66 @@ fn a_run_whose_only_checkpoint_is_damaged_neither_begins_anew_nor_is_given_up() 
     assert!(reason.contains("part 1 is torn; restore it: no other checkpoint is intact"));
     assert_eq!(table.coordinator.ledger().outcome, None);
     assert_eq!(table.coordinator.ledger().checkpoints, [Step(40)], "it may be restored");
+}
+
+fn diverged(agreed: u64, odd: Option<u32>) -> Report {
+    let (step, agreed, odd) = (Step(45), Step(agreed), odd.map(Rank));
+    let reason = "the states differ".to_owned();
+    Report::Diverged { generation: Generation(1), step, agreed, odd, reason }
+}
+
+/// A run of three that has kept the states after steps 20 and 40.
+fn kept_twice() -> Table {
+    let mut table = Table::training(&[A, B, C]);
+    for step in [20, 40] {
+        table.handle(Event::CheckpointRequested);
+        for step in table.coordinator.ledger().canonical.0 + 1..=step {
+            table.apply(step);
+        }
+        table.say(A, share(Generation(1), step, &[0, 1, 2, 3]));
+        table.handle(Event::CheckpointCommitted { step: Step(step) });
+    }
+    table.apply(45);
+    assert_eq!(kept(&table), [20, 40]);
+    table
+}
+
+#[test]
+fn whoever_holds_another_state_than_most_is_lost_and_the_others_go_on_from_where_all_were_equal() {
+    let mut table = kept_twice();
+    let commands = table.say(B, diverged(30, Some(2)));
+    assert_eq!(losses(&commands), [C]);
+    assert_eq!(kept(&table), [20], "the other was kept after they were last equal");
+    let told = &forms(&commands)[&A];
+    assert_eq!((told.checkpoint, told.planned, told.members.len()), (Some(Step(20)), false, 2));
+    assert_eq!(table.say(A, diverged(30, Some(2))), [], "all say it, and it is heard once");
+    table.form(A, 20);
+    table.form(B, 20);
+    assert_eq!(table.coordinator.ledger().repeated, 25);
+}
+
+#[test]
+fn where_no_state_is_that_of_most_nobody_is_lost_and_all_go_on_from_where_they_were_equal() {
+    let mut table = kept_twice();
+    let commands = table.say(A, diverged(0, None));
+    assert_eq!(losses(&commands), []);
+    assert_eq!(kept(&table), Vec::<u64>::new());
+    assert_eq!(forms(&commands)[&C].checkpoint, None, "they begin anew");
+}
+
+#[test]
+fn a_run_whose_states_differ_again_and_again_is_given_up_with_what_to_do() {
+    let mut table = Table::training(&[A, B]);
+    for _ in 0..2 {
+        table.apply(3);
+        let (generation, reason) = (table.generation(), "the states differ".to_owned());
+        let (step, agreed, odd) = (Step(3), Step(0), None);
+        table.say(A, Report::Diverged { generation, step, agreed, odd, reason });
+        table.all_form(&[A, B], 0);
+    }
+    let (generation, reason) = (table.generation(), "the states differ".to_owned());
+    let (step, agreed, odd) = (Step(3), Step(0), None);
+    table.say(B, Report::Diverged { generation, step, agreed, odd, reason });
+    let Some(Outcome::Failed { reason }) = &table.coordinator.ledger().outcome else { panic!() };
+    assert!(reason.contains("three or more"), "{reason}");
 }

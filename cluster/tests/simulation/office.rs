@@ -399,6 +399,7 @@ fn generation_of(report: &Report) -> Option<Generation> {
         | Report::ShareWritten { generation, .. }
         | Report::ShareFailed { generation, .. }
         | Report::CheckpointDamaged { generation, .. }
+        | Report::Diverged { generation, .. }
         | Report::Finished { generation, .. } => Some(*generation),
         Report::Heartbeat(_)
         | Report::NodeFaulty { .. }
@@ -427,6 +428,7 @@ fn relabelled(report: Report, newest: Generation) -> Report {
         | Report::ShareWritten { .. }
         | Report::ShareFailed { .. }
         | Report::CheckpointDamaged { .. }
+        | Report::Diverged { .. }
         | Report::NodeFaulty { .. }
         | Report::Leaving { .. }
         | Report::Failed { .. }) => other,

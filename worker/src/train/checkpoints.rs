@@ -3,7 +3,10 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use checkpoint::{Checkpoint, Layout, LoadError, Retries, Store, StoreError, quarantine, retrying};
+use checkpoint::{
+    Checkpoint, Layout, LoadError, Retries, Store, StoreError, committed_steps, prune, quarantine,
+    retrying,
+};
 use cluster::{Rank, Step};
 use tracing::warn;
 
@@ -132,6 +135,22 @@ pub(crate) async fn set_aside(location: &str, error: &LoadError) -> Result<Strin
         retrying(retries, || quarantine(&store, error.step, &reason)).await?;
     }
     Ok(reason)
+}
+
+/// Deletes all checkpoints of steps after `agreed`.
+///
+/// # Errors
+/// If the store cannot be opened or does not answer.
+pub(crate) async fn retract(location: &str, agreed: Step) -> Result<(), RestoreError> {
+    let store = Store::open(location)?;
+    let find = || committed_steps(&store);
+    for step in retrying(Retries::of("look for checkpoints"), find).await? {
+        if step > agreed {
+            warn!(step = step.0, "a checkpoint that cannot be trusted is deleted");
+            retrying(Retries::of("delete a checkpoint"), || prune(&store, step)).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn read(

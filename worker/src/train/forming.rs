@@ -91,6 +91,60 @@ pub(crate) fn all_gather(
     Ok(heard.iter().map(decode).collect())
 }
 
+/// Compares the states of all members after a step, which should be equal: silent corruption is found, and not
+/// trained on. Costs a digest of the state.
+///
+/// # Errors
+/// [`Interrupted::Diverged`] on every member if the states differ; [`Interrupted::Exchange`] if a peer is lost.
+pub(crate) fn vote(
+    peers: &mut dyn Exchange,
+    state: &mut TrainState,
+    agreed: Step,
+) -> Result<(), Interrupted> {
+    let held = all_gather(peers, state)?;
+    check_equal(&held, state, agreed)
+}
+
+/// Finds out whether those who are at the highest step hold different states.
+///
+/// If so, gradients of a wrong state may be in all of them, back to the step `agreed` after which they were compared
+/// last. So nobody has a usable state any more: all go on from what was kept until then. Whoever differs from most,
+/// if most agree, is named.
+///
+/// # Errors
+/// [`Interrupted::Diverged`], the same on every member but for those that hold no state.
+pub(crate) fn check_equal(
+    held: &[Held],
+    state: &mut TrainState,
+    agreed: Step,
+) -> Result<(), Interrupted> {
+    let Some((step, odd)) = divergence(held) else { return Ok(()) };
+    state.tear();
+    let whose = match odd {
+        Some(rank) => format!("that of rank {rank} differs from that of most, so its machine's"),
+        None => "none is that of most, so one machine's".to_owned(),
+    };
+    let reason = format!(
+        "the states differ after step {step}: {whose} memory or arithmetic has failed; what was computed after step \
+         {agreed} is computed again"
+    );
+    Err(Interrupted::Diverged { step, agreed, odd, reason })
+}
+
+/// The highest step, if those who are there hold different states, and the one rank that differs from most of them.
+fn divergence(held: &[Held]) -> Option<(Step, Option<Rank>)> {
+    let step = held.iter().flatten().map(|(step, _)| *step).max()?;
+    let there = || held.iter().flatten().filter(|(at, _)| *at == step).map(|(_, digest)| *digest);
+    let most = most_held(held, step);
+    let (all, agree) = (there().count(), there().filter(|digest| *digest == most).count());
+    if agree == all {
+        return None;
+    }
+    let is_odd = |held: &Held| held.is_some_and(|(at, digest)| at == step && digest != most);
+    let odd = held.iter().position(is_odd).filter(|_| agree * 2 > all);
+    Some((step, odd.map(|rank| Rank(u32::try_from(rank).expect("ranks are counted in u32")))))
+}
+
 fn encode(held: Held) -> [u8; HELD_BYTES] {
     let mut bytes = [0; HELD_BYTES];
     if let Some((step, digest)) = held {
@@ -200,6 +254,17 @@ mod tests {
         assert_eq!(origin(&[NEW, None], Some(Step(8))), Origin::Checkpoint(Step(8)));
         assert_eq!(origin(&[None, None], Some(Step(8))), Origin::Checkpoint(Step(8)));
         assert_eq!(origin(&[None], None), Origin::Initial);
+    }
+
+    #[test]
+    fn whoever_differs_from_most_is_odd_and_without_a_majority_nobody_is() {
+        assert_eq!(divergence(&[NEW, NEW, NEW]), None);
+        assert_eq!(divergence(&[None, OLD, NEW, NEW]), None, "who is behind has lost nothing");
+        assert_eq!(divergence(&[None]), None);
+        assert_eq!(divergence(&[NEW, ODD, NEW]), Some((Step(7), Some(Rank(1)))));
+        assert_eq!(divergence(&[OLD, ODD, NEW, NEW]), Some((Step(7), Some(Rank(1)))));
+        assert_eq!(divergence(&[ODD, NEW]), Some((Step(7), None)));
+        assert_eq!(divergence(&[ODD, NEW, NEW, ODD]), Some((Step(7), None)));
     }
 
     #[test]
