@@ -83,6 +83,9 @@ pub(crate) enum Command {
     /// Tell what images show: five classes each, with early exit at a budget.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Infer(worker::Arguments),
+    /// Answer what images show, over HTTP and gRPC: batches of requests, early exit at a budget of each, and a page.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Serve(worker::Arguments),
     /// List the registered models, or show one: parameters, multiply–accumulates, stages, channels.
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Model(worker::Arguments),
@@ -129,6 +132,7 @@ impl Command {
             Self::Export(arguments) => worker::run_tool("export", arguments),
             Self::Eval(arguments) => worker::run_eval(arguments),
             Self::Infer(arguments) => worker::run_tool("infer", arguments),
+            Self::Serve(arguments) => worker::run_tool("serve", arguments),
             Self::Model(arguments) => worker::run_tool("model", arguments),
             Self::Bench(command) => bench::run(command),
             Self::Coordinator(arguments) => in_runtime(coordinator::run(arguments)),

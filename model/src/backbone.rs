@@ -10,6 +10,7 @@ use tch::Tensor;
 use crate::cost::Tally;
 use crate::layers::Mode;
 use crate::params::Scope;
+use blocks::ConvNorm;
 use mobilenet::{MobileNet, MobileNetSpec};
 use regnet::{RegNet, RegNetSpec};
 use resnet::{ResNet, ResNetSpec};
@@ -130,6 +131,16 @@ impl Backbone {
             BackboneSpec::ResNet(spec) => Backbone::ResNet(ResNet::new(root, spec, drop_path)),
             BackboneSpec::MobileNet(spec) => Backbone::MobileNet(MobileNet::new(root, spec)),
         }
+    }
+
+    /// Folds BatchNorm into the convolutions, as all are now; the backbone is then for evaluation alone.
+    pub(crate) fn fold(&mut self) {
+        let convolutions = match self {
+            Backbone::RegNet(net) => net.convolutions(),
+            Backbone::ResNet(net) => net.convolutions(),
+            Backbone::MobileNet(net) => net.convolutions(),
+        };
+        tch::no_grad(|| convolutions.into_iter().for_each(ConvNorm::fold));
     }
 
     /// Images `[B, 3, S, S]` to the features that enter stage 1, `[B, C1, H, W]`.

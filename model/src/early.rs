@@ -27,33 +27,42 @@ impl Network {
     /// `images` is `[B, 3, S, S]`, of the weights' kind and on their device. The logits are those of
     /// [`forward_eval`](Network::forward_eval): the same bits as long as nobody has left, afterwards but for
     /// the rounding of products of fewer rows. The classifier of the exit `cnn`, which no other reads, does
-    /// not run if its threshold is above 1.
+    /// not run if the threshold of all who come there is above 1.
     ///
     /// # Panics
     /// If kind, device or shape of the images do not fit.
     pub fn forward_early(&self, images: &Tensor, thresholds: [f32; 4]) -> Answers {
+        let batch = usize::try_from(images.size()[0]).expect("sizes are not negative");
+        self.forward_early_each(images, &vec![thresholds; batch])
+    }
+
+    /// [`forward_early`](Network::forward_early) with thresholds of its own for each image.
+    ///
+    /// # Panics
+    /// As there; if there are not as many thresholds as images.
+    pub fn forward_early_each(&self, images: &Tensor, thresholds: &[[f32; 4]]) -> Answers {
         tch::no_grad(|| self.staged(images, thresholds))
     }
 
-    fn staged(&self, images: &Tensor, thresholds: [f32; 4]) -> Answers {
+    fn staged(&self, images: &Tensor, thresholds: &[[f32; 4]]) -> Answers {
         let (parts, mode) = (&self.parts, Mode::Eval);
         let mut reached = parts.to_early3(images, mode);
-        let mut waiting = Waiting::all(&reached.logits);
-        match waiting.leave(0, &reached.logits, thresholds[0]) {
+        let mut waiting = Waiting::all(&reached.logits, thresholds);
+        match waiting.leave(0, &reached.logits) {
             Stay::All => {}
             Stay::Some(rows) => reached = reached.only(&rows),
             Stay::None => return waiting.answers,
         }
         reached = parts.to_att(reached, mode);
-        match waiting.leave(1, &reached.logits, thresholds[1]) {
+        match waiting.leave(1, &reached.logits) {
             Stay::All => {}
             Stay::Some(rows) => reached = reached.only(&rows),
             Stay::None => return waiting.answers,
         }
         let mut x = parts.features(&reached, mode); // [B, Cout, H/16, W/16]
         let mut pooled = average(&x); // [B, Cout]
-        if thresholds[2] <= 1.0 {
-            match waiting.leave(2, &parts.cnn(&pooled), thresholds[2]) {
+        if waiting.anyone_may_leave(2) {
+            match waiting.leave(2, &parts.cnn(&pooled)) {
                 Stay::All => {}
                 Stay::Some(rows) => {
                     x = samples(&x, &rows);
@@ -63,7 +72,7 @@ impl Network {
                 Stay::None => return waiting.answers,
             }
         }
-        waiting.leave(3, &parts.merge(&reached, &x, pooled, mode), f32::NEG_INFINITY);
+        waiting.leave(3, &parts.merge(&reached, &x, pooled, mode));
         waiting.answers
     }
 }
@@ -77,27 +86,36 @@ enum Stay {
 }
 
 /// The samples that are still on their way, and what the others have said.
-struct Waiting {
+struct Waiting<'t> {
     /// Their places in the batch.
     places: Vec<usize>,
+    /// Of everyone, by place.
+    thresholds: &'t [[f32; 4]],
     answers: Answers,
 }
 
-impl Waiting {
+impl<'t> Waiting<'t> {
     /// Everyone. `first` `[B, K]` are logits of the first exit.
-    fn all(first: &Tensor) -> Waiting {
+    fn all(first: &Tensor, thresholds: &'t [[f32; 4]]) -> Waiting<'t> {
         let batch = usize::try_from(first.size()[0]).expect("sizes are not negative");
+        assert_eq!(thresholds.len(), batch, "each image has thresholds");
         let (exits, confidences) = (vec![3; batch], vec![0.0; batch]);
         let answers = Answers { logits: first.empty_like(), exits, confidences };
-        Waiting { places: (0..batch).collect(), answers }
+        Waiting { places: (0..batch).collect(), thresholds, answers }
+    }
+
+    /// Whether an exit's threshold is one that a probability can reach, for anyone who waits.
+    fn anyone_may_leave(&self, exit: usize) -> bool {
+        self.places.iter().any(|&place| self.thresholds[place][exit] <= 1.0)
     }
 
     /// Takes the answers of those who are sure enough. `logits` `[B′, K]` are of those who came.
     ///
     /// A confidence that is not a number is below no threshold but the last exit's.
-    fn leave(&mut self, exit: usize, logits: &Tensor, threshold: f32) -> Stay {
+    fn leave(&mut self, exit: usize, logits: &Tensor) -> Stay {
         let sure = confidences(logits);
-        let leaves = |row: &usize| exit == 3 || sure[*row] >= threshold;
+        let leaves =
+            |row: &usize| exit == 3 || sure[*row] >= self.thresholds[self.places[*row]][exit];
         let (leaving, staying): (Vec<usize>, Vec<usize>) = (0..sure.len()).partition(leaves);
         if leaving.is_empty() {
             return Stay::All;

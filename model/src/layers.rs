@@ -1,6 +1,6 @@
 //! The layers that every block is made of, with the reference's names for their tensors.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::draws::{Draws, Site};
 use crate::fused;
@@ -165,6 +165,16 @@ impl BatchNorm {
         }
     }
 
+    /// `y = x·scale + shift` of evaluation: both as f64, `[C]`.
+    pub(crate) fn factors(&self) -> [Tensor; 2] {
+        let [weight, bias, mean, variance] =
+            [&self.weight, &self.bias, &self.running_mean, &self.running_var]
+                .map(|tensor| tensor.detach().to_kind(Kind::Double));
+        let scale = weight / (variance + self.constants.epsilon).sqrt();
+        let shift = bias - mean * &scale;
+        [scale, shift]
+    }
+
     /// Moves the running statistics; that of the variance is unbiased.
     fn track(&self, batch: &Statistics) {
         let unbiased = batch.count / (batch.count - 1.0);
@@ -257,6 +267,11 @@ impl Conv2d {
     /// The weight, and the bias where it has one.
     pub(crate) fn tensors(&self) -> (&Tensor, Option<&Tensor>) {
         (&self.weight, self.bias.as_ref())
+    }
+
+    /// The same with another weight, and a bias.
+    pub(crate) fn with(&self, weight: Tensor, bias: Tensor) -> Conv2d {
+        Conv2d { weight, bias: Some(bias), ..*self }
     }
 
     fn assemble(weight: Tensor, bias: Option<Tensor>, size: ConvSize) -> Conv2d {

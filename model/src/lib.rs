@@ -14,6 +14,7 @@ mod early;
 mod elementwise;
 mod exchange;
 mod exit;
+mod folded;
 mod fused;
 mod gate;
 mod init;

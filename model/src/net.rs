@@ -69,6 +69,19 @@ impl Network {
         Network { parts, leaves: registry.into_inner().into_leaves() }
     }
 
+    /// The same network for evaluation alone, faster: BatchNorm's running statistics, as they are now, are folded
+    /// into the backbone's convolutions. Logits are those of [`Network::new`] up to rounding.
+    ///
+    /// What is written to the backbone's weights later, it does not see; and [`Network::forward_train`] panics.
+    ///
+    /// # Panics
+    /// If the weights' layout is of another network.
+    pub fn for_inference(architecture: &Architecture, weights: &Weights) -> Network {
+        let mut network = Network::new(architecture, weights);
+        network.parts.backbone.fold();
+        network
+    }
+
     /// Takes all tensors, in the order of the reference's state dict.
     pub(crate) fn assemble(architecture: &Architecture, root: &Scope<'_, '_>) -> Parts {
         let a = architecture;

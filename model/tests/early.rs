@@ -12,6 +12,14 @@ use tch::{Device, Kind, Tensor};
 const BATCH: usize = 9;
 
 fn network(name: &str, change: impl FnOnce(&mut ModelConfig)) -> Network {
+    made(name, change, Network::new)
+}
+
+fn made(
+    name: &str,
+    change: impl FnOnce(&mut ModelConfig),
+    make: fn(&Architecture, &Weights) -> Network,
+) -> Network {
     libtorch::init(1).unwrap();
     let published = ModelConfig::published(name);
     let mut config =
@@ -20,7 +28,7 @@ fn network(name: &str, change: impl FnOnce(&mut ModelConfig)) -> Network {
     let architecture = Architecture::try_from(&config).unwrap();
     let weights =
         Weights::initial(Arc::new(Layout::of(&architecture)), 5, Kind::Float, Device::Cpu);
-    Network::new(&architecture, &weights)
+    make(&architecture, &weights)
 }
 
 fn images() -> Tensor {
@@ -106,5 +114,30 @@ fn one_image_and_a_batch_are_answered_alike() {
         assert_eq!(alone.exits[0], together.exits[usize::try_from(row).unwrap()]);
         let far = (alone.logits.get(0) - together.logits.get(row)).abs().max().double_value(&[]);
         assert!(far < 1e-5, "{far:.1e}");
+    }
+}
+
+#[test]
+fn each_image_may_have_thresholds_of_its_own() {
+    let (network, images) = (network("reg400m_perceiver_t32", |_| {}), images());
+    let (logits, _) = full(&network, &images);
+    let wanted: Vec<usize> = (0..BATCH).map(|row| row % 4).collect();
+    let only = |exit: &usize| std::array::from_fn(|at| if at == *exit { 0.0 } else { NEVER });
+    let thresholds: Vec<[f32; 4]> = wanted.iter().map(only).collect();
+    let answers = network.forward_early_each(&images, &thresholds);
+    assert_eq!(answers.exits, wanted);
+    let far = farthest(&answers, &logits);
+    assert!(far < 1e-5, "{far:.1e}");
+}
+
+#[test]
+fn a_network_for_inference_exits_early_as_its_full_forward_does() {
+    for name in NAMES {
+        let (network, images) = (made(name, |_| {}, Network::for_inference), images());
+        let (logits, sure) = full(&network, &images);
+        let answers = network.forward_early(&images, apart(&sure));
+        assert!((0..4).all(|exit| answers.exits.contains(&exit)), "{name}: {:?}", answers.exits);
+        let far = farthest(&answers, &logits);
+        assert!(far < 1e-5, "{name}: {far:.1e}");
     }
 }

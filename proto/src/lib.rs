@@ -1,11 +1,11 @@
-//! The wire: `v1/cluster.proto`, the code generated from it, and the only conversions between its
-//! messages and the types of `cluster`.
+//! The wire: `v1/cluster.proto` and `v1/inference.proto`, the code generated from them, and the only conversions
+//! between the messages of the first and the types of `cluster`.
 
 mod codec;
 mod convert;
 mod group;
 
-/// Generated from `v1/cluster.proto`.
+/// Generated from `v1/cluster.proto` and `v1/inference.proto`.
 #[allow(
     clippy::all,
     missing_debug_implementations,

@@ -57,7 +57,7 @@ pub use dataset::{Dataset, OpenError, ReadError, Reads, RemoteReads, Sample};
 pub use digest::Sha256;
 pub use erase::{Erase, Erasure};
 pub use loader::{LoadError, Loader, OnCorruptSample};
-pub use loose::{LooseError, LooseImages};
+pub use loose::{LooseError, LooseImages, ShowError, Viewer};
 pub use manifest::Manifest;
 pub use mixing::{Mix, Mixing};
 pub use pack::{PackError, PackOptions, pack, pack_with};

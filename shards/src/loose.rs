@@ -11,11 +11,12 @@ use crate::{
     batch::Batch,
     decode::Decoder,
     image::CHANNELS,
-    jpeg::{Header, JpegError, Opened},
+    jpeg::{Header, JpegError, Opened, PIXELS_MAX},
     pack::{
         CorruptImage, PackError, as_jpeg,
         scan::{SourceFile, read_many, scan_unlabelled},
         tree::Tree,
+        within,
     },
     transform::{Scratch, Transform, TransformError},
 };
@@ -25,8 +26,59 @@ use crate::{
 pub struct LooseImages {
     tree: Tree,
     files: Vec<SourceFile>,
+    viewer: Viewer,
+}
+
+/// Shows encoded images that lie in memory. It keeps its buffers between images.
+#[derive(Debug)]
+pub struct Viewer {
     decoder: Decoder,
     scratch: Scratch,
+    pixels_max: usize,
+}
+
+/// An encoded image that cannot be shown.
+#[derive(Debug, thiserror::Error)]
+pub enum ShowError {
+    /// It is not a whole image, or shows nothing.
+    #[error(transparent)]
+    Corrupt(#[from] CorruptImage),
+    /// It does not suit the transform.
+    #[error(transparent)]
+    Transform(#[from] TransformError),
+}
+
+impl Viewer {
+    /// Shows images of at most `pixels_max` pixels.
+    #[must_use]
+    pub fn new(pixels_max: usize) -> Self {
+        Self { decoder: Decoder::new(), scratch: Scratch::new(), pixels_max }
+    }
+
+    /// Writes an encoded image, JPEG or PNG, into `pixels` `[size, size, 3]`, as `transform` shows it.
+    ///
+    /// # Errors
+    /// [`ShowError`]; `pixels` then holds nothing of meaning.
+    pub fn show(
+        &mut self,
+        encoded: Vec<u8>,
+        transform: &Transform,
+        pixels: &mut [u8],
+    ) -> Result<(), ShowError> {
+        let jpeg = as_jpeg(encoded, self.pixels_max)?;
+        let damaged = |error: JpegError| CorruptImage::from(error);
+        let image = Opened::new(&jpeg).map_err(damaged)?;
+        let Header { width, height, .. } = image.header();
+        within(self.pixels_max, width, height)?;
+        if (width, height) == (1, 1) {
+            return Err(CorruptImage::SinglePixel.into());
+        }
+        let part = transform.part(width, height, Epoch(0), 0);
+        let part = self.decoder.decode_part(image, part).map_err(damaged)?;
+        let scratch = &mut self.scratch;
+        transform.apply_to_part(part, (width, height), Epoch(0), 0, scratch, pixels)?;
+        Ok(())
+    }
 }
 
 /// Images that cannot be listed or shown.
@@ -64,7 +116,7 @@ impl LooseImages {
         let variables: Vec<_> = bucket::environment().collect();
         let tree = Tree::open(source, &variables)?;
         let files = scan_unlabelled(&tree)?;
-        Ok(Self { tree, files, decoder: Decoder::new(), scratch: Scratch::new() })
+        Ok(Self { tree, files, viewer: Viewer::new(PIXELS_MAX) })
     }
 
     /// How many images there are.
@@ -108,19 +160,11 @@ impl LooseImages {
         let files: Vec<_> = self.files[range].iter().collect();
         let read = read_many(&self.tree, &files);
         for ((file, bytes), pixels) in files.iter().zip(read).zip(slots) {
-            let corrupt = |source| LooseError::Corrupt { image: file.name.clone(), source };
-            let jpeg = as_jpeg(bytes?).map_err(corrupt)?;
-            let damaged = |error: JpegError| corrupt(error.into());
-            let image = Opened::new(&jpeg).map_err(damaged)?;
-            let Header { width, height, .. } = image.header();
-            if (width, height) == (1, 1) {
-                return Err(corrupt(CorruptImage::SinglePixel));
-            }
-            let part = transform.part(width, height, Epoch(0), 0);
-            let part = self.decoder.decode_part(image, part).map_err(damaged)?;
-            transform
-                .apply_to_part(part, (width, height), Epoch(0), 0, &mut self.scratch, pixels)
-                .map_err(|source| LooseError::Transform { image: file.name.clone(), source })?;
+            let image = || file.name.clone();
+            self.viewer.show(bytes?, transform, pixels).map_err(|error| match error {
+                ShowError::Corrupt(source) => LooseError::Corrupt { image: image(), source },
+                ShowError::Transform(source) => LooseError::Transform { image: image(), source },
+            })?;
         }
         Ok(())
     }
@@ -184,5 +228,24 @@ mod tests {
         let error = images.load(0..1, &transform, &mut Batch::new()).unwrap_err();
         assert_eq!(error.to_string(), "a.png cannot be used: repair it or leave it out");
         assert!(LooseImages::list(&folder.path().join("nowhere")).is_err());
+    }
+
+    #[test]
+    fn more_pixels_than_are_wanted_are_not_decoded() {
+        let transform = Transform::evaluation(&Augment::default(), 32).unwrap();
+        let mut png = Vec::new();
+        let mut encoder = png::Encoder::new(&mut png, 40, 41);
+        encoder.set_color(png::ColorType::Grayscale);
+        let pixels = vec![9; 40 * 41];
+        encoder.write_header().unwrap().write_image_data(&pixels).unwrap();
+        let jpeg = jpeg::encode(&pixels, 40, 41, Pixels::Grey, 95).unwrap();
+        for encoded in [png, jpeg] {
+            let mut shown = vec![0; 32 * 32 * 3];
+            let mut show =
+                |most: usize| Viewer::new(most).show(encoded.clone(), &transform, &mut shown);
+            show(40 * 41).unwrap();
+            let error = show(40 * 41 - 1).unwrap_err().to_string();
+            assert_eq!(error, "40x41 pixels, and at most 1639 are decoded here");
+        }
     }
 }

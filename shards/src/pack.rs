@@ -27,7 +27,7 @@ pub(crate) mod tree;
 
 pub use image::CorruptImage;
 use image::Image;
-pub(crate) use image::{Checker, as_jpeg, flags_of};
+pub(crate) use image::{Checker, as_jpeg, flags_of, within};
 use resume::Journal;
 use scan::{Listing, SourceFile};
 use tree::Tree;

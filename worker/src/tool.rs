@@ -6,6 +6,7 @@ mod import;
 mod infer;
 mod models;
 mod options;
+mod serve;
 mod tensor_file;
 
 use std::{
@@ -38,6 +39,8 @@ pub enum Tool {
     Eval(eval::Arguments),
     /// Tell what images show, with early exit.
     Infer(infer::Arguments),
+    /// Answer what images show, over HTTP and gRPC, with early exit at a budget of each request.
+    Serve(Box<serve::Arguments>),
     /// List the registered models, or show one.
     #[command(subcommand)]
     Model(models::Command),
@@ -63,6 +66,7 @@ impl Tool {
             Self::BenchExits(options) => options.threads,
             Self::Eval(arguments) => arguments.threads,
             Self::Infer(arguments) => arguments.threads,
+            Self::Serve(arguments) => arguments.threads,
             Self::Import(_)
             | Self::Export(_)
             | Self::Model(_)
@@ -81,6 +85,7 @@ impl Tool {
             Self::Export(arguments) => export::run(arguments).await,
             Self::Eval(arguments) => eval::run(arguments).await,
             Self::Infer(arguments) => infer::run(arguments).await,
+            Self::Serve(arguments) => serve::run(*arguments).await,
             Self::Model(command) => models::run(&command),
             Self::Devices => {
                 let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);

@@ -4,6 +4,7 @@
 
 use tch::Tensor;
 
+use crate::folded::Folded;
 use crate::init::Init;
 use crate::layers::{BatchNorm, Conv2d, ConvSize, Linear, Mode, NormConstants};
 use crate::norm::Then;
@@ -20,6 +21,8 @@ pub(crate) fn fan_out(size: ConvSize) -> Init {
 pub(crate) struct ConvNorm {
     convolution: Conv2d,
     norm: BatchNorm,
+    /// What evaluation runs instead of the two, once they were folded.
+    folded: Option<Box<Folded>>,
 }
 
 impl ConvNorm {
@@ -38,22 +41,36 @@ impl ConvNorm {
         ConvNorm {
             convolution: Conv2d::unbiased(&(scope / convolution), size, fan_out(size)),
             norm: BatchNorm::with_constants(&(scope / norm), size.outputs, constants),
+            folded: None,
+        }
+    }
+
+    /// Folds BatchNorm into the convolution, as both are now; the layer is then for evaluation alone.
+    pub(crate) fn fold(&mut self) {
+        self.folded = Some(Box::new(Folded::new(&self.convolution, &self.norm)));
+    }
+
+    fn forward_then(&self, x: &Tensor, mode: Mode, then: Then<'_>) -> Tensor {
+        match (&self.folded, mode) {
+            (Some(folded), Mode::Eval) => folded.forward(x, then),
+            (Some(_), Mode::Train(_)) => panic!("a network that was folded does not train"),
+            (None, _) => self.norm.forward_then(self.convolution.forward(x), mode, then),
         }
     }
 
     /// `[B, inputs, H, W]` to `[B, outputs, ⌈H/stride⌉, ⌈W/stride⌉]`.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward_then(self.convolution.forward(x), mode, Then::Nothing)
+        self.forward_then(x, mode, Then::Nothing)
     }
 
     /// The same, then ReLU.
     pub(crate) fn forward_relu(&self, x: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward_then(self.convolution.forward(x), mode, Then::Relu)
+        self.forward_then(x, mode, Then::Relu)
     }
 
     /// The same, then the addition of `shortcut` and ReLU.
     pub(crate) fn forward_add_relu(&self, x: &Tensor, shortcut: &Tensor, mode: Mode) -> Tensor {
-        self.norm.forward_then(self.convolution.forward(x), mode, Then::AddRelu(shortcut))
+        self.forward_then(x, mode, Then::AddRelu(shortcut))
     }
 }
 

@@ -177,6 +177,16 @@ impl MobileNet {
         MobileNet { first, stem, stages, last }
     }
 
+    /// All convolutions with their BatchNorm.
+    pub(crate) fn convolutions(&mut self) -> Vec<&mut ConvNorm> {
+        let blocks = self.stem.iter_mut().chain(self.stages.iter_mut().flatten());
+        let blocks = blocks.flat_map(|block| {
+            let Block { expand, depthwise, excite: _, project, act: _, residual: _ } = block;
+            expand.iter_mut().chain([depthwise, project])
+        });
+        [&mut self.first, &mut self.last].into_iter().chain(blocks).collect()
+    }
+
     /// `[B, 3, S, S]` to `[B, C1, S/4, S/4]`.
     pub(crate) fn stem(&self, images: &Tensor, mode: Mode) -> Tensor {
         let x = self.first.forward(images, mode).hardswish(); // [B, C, S/2, S/2]

@@ -74,6 +74,15 @@ impl RegNet {
         RegNet { stem, stages }
     }
 
+    /// All convolutions with their BatchNorm.
+    pub(crate) fn convolutions(&mut self) -> Vec<&mut ConvNorm> {
+        let blocks = self.stages.iter_mut().flatten().flat_map(|block| {
+            let Block { project, enter, group, excite: _, leave } = block;
+            project.iter_mut().chain([enter, group, leave])
+        });
+        std::iter::once(&mut self.stem).chain(blocks).collect()
+    }
+
     /// `[B, 3, S, S]` to `[B, 32, S/2, S/2]`.
     pub(crate) fn stem(&self, images: &Tensor, mode: Mode) -> Tensor {
         self.stem.forward_relu(images, mode)

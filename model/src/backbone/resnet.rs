@@ -97,6 +97,13 @@ impl ResNet {
         ResNet { stem, stages }
     }
 
+    /// All convolutions with their BatchNorm.
+    pub(crate) fn convolutions(&mut self) -> Vec<&mut ConvNorm> {
+        let blocks = self.stages.iter_mut().flatten();
+        let blocks = blocks.flat_map(|block| block.body.iter_mut().chain(block.project.iter_mut()));
+        std::iter::once(&mut self.stem).chain(blocks).collect()
+    }
+
     /// `[B, 3, S, S]` to `[B, C1, S/4, S/4]`.
     pub(crate) fn stem(&self, images: &Tensor, mode: Mode) -> Tensor {
         pool(&self.stem.forward_relu(images, mode))

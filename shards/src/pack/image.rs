@@ -42,6 +42,16 @@ pub enum CorruptImage {
         /// Length of the encoded image.
         bytes: usize,
     },
+    /// More pixels than whoever asks wants to decode.
+    #[error("{width}x{height} pixels, and at most {most} are decoded here")]
+    TooManyPixels {
+        /// Columns.
+        width: usize,
+        /// Rows.
+        height: usize,
+        /// The most pixels.
+        most: usize,
+    },
 }
 
 /// An image as it goes into a shard.
@@ -116,15 +126,24 @@ impl Checker {
     }
 }
 
-/// An image file as it would lie in a shard, unchecked.
-pub(crate) fn as_jpeg(contents: Vec<u8>) -> Result<Vec<u8>, CorruptImage> {
+/// An image file of at most `pixels_max` pixels as it would lie in a shard, unchecked; of a JPEG nothing is read,
+/// not even how many pixels it has.
+pub(crate) fn as_jpeg(contents: Vec<u8>, pixels_max: usize) -> Result<Vec<u8>, CorruptImage> {
     if contents.starts_with(JPEG) {
         Ok(contents)
     } else if contents.starts_with(PNG) {
+        let info = png::Decoder::new(Cursor::new(&contents)).read_info()?;
+        within(pixels_max, info.info().width as usize, info.info().height as usize)?;
         Ok(png_to_jpeg(&contents)?.0)
     } else {
         Err(CorruptImage::UnknownFormat)
     }
+}
+
+/// Refuses an image of more pixels than `most`.
+pub(crate) fn within(most: usize, width: usize, height: usize) -> Result<(), CorruptImage> {
+    let is_within = width.checked_mul(height).is_some_and(|pixels| pixels <= most);
+    if is_within { Ok(()) } else { Err(CorruptImage::TooManyPixels { width, height, most }) }
 }
 
 /// What an image's header says, as the flags of its record.

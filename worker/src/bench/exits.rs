@@ -45,6 +45,9 @@ pub struct Options {
     /// Rounds that are measured, after one that is not.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub rounds: u64,
+    /// Leave BatchNorm by itself instead of folding it into the convolutions, as `percheron eval` does.
+    #[arg(long)]
+    pub batch_norm: bool,
     /// Print one object and nothing else.
     #[arg(long)]
     pub json: bool,
@@ -226,7 +229,11 @@ impl Bench {
         let weights = Weights::initial(layout, 0, Kind::Float, Device::Cpu);
         let count = options.batches.unwrap_or_else(|| (32 / batch).max(1));
         Ok(Bench {
-            network: Network::new(&architecture, &weights),
+            network: if options.batch_norm {
+                Network::new(&architecture, &weights)
+            } else {
+                Network::for_inference(&architecture, &weights)
+            },
             cost: Cost::of(&architecture),
             batches: (0..count).map(|index| made(index, batch, input_size)).collect(),
             batch,
@@ -316,6 +323,7 @@ fn peak_of(options: &Options, passes: &str, thresholds: [f32; 4]) -> Result<f64>
     command.args(["bench-exits", "--model", model, "--passes", passes]);
     command.arg(format!("--threads={threads}"));
     command.args(numbers.map(|(name, value)| format!("--{name}={value}")));
+    command.args(options.batch_norm.then_some("--batch-norm"));
     command.args(options.batches.map(|count| format!("--batches={count}")));
     command.arg(format!("--thresholds={}", thresholds.map(|t| t.to_string()).join(",")));
     let output = command.output().context("the process that measures memory cannot be started")?;

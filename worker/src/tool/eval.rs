@@ -132,7 +132,7 @@ struct Budget {
 
 /// What is evaluated.
 pub(super) struct Subject {
-    step: u64,
+    pub(super) step: u64,
     pub(super) recipe: Recipe,
     pub(super) state: TrainState,
 }

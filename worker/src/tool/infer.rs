@@ -1,9 +1,12 @@
 //! `percheron infer`: what images show, stage by stage: those that are sure early leave early.
 
-mod answers;
+pub(super) mod answers;
 mod source;
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
@@ -84,7 +87,7 @@ pub struct Arguments {
 
 /// What is read of an eval.json.
 #[derive(Debug, Deserialize)]
-struct Solved {
+pub(super) struct Solved {
     dynamic: Vec<SolvedBudget>,
 }
 
@@ -105,8 +108,9 @@ pub(super) async fn run(arguments: Arguments) -> Result<()> {
     };
     let recipe = &subject.recipe;
     let mut source = Source::open(&arguments.source, arguments.split.as_deref(), recipe)?;
-    let classes = class_names(&arguments, recipe)?;
+    let classes = class_names(arguments.classes.as_deref(), recipe)?;
     let thresholds = thresholds(&arguments, recipe, network)?;
+    let network = subject.state.for_inference(&architecture(recipe)?, which);
     let form = match (arguments.json, arguments.csv) {
         (true, _) => Form::Json,
         (_, true) => Form::Csv,
@@ -167,21 +171,35 @@ fn thresholds(arguments: &Arguments, recipe: &Recipe, network: &Network) -> Resu
     }
 }
 
-fn solved(file: &std::path::Path, budget: u64) -> Result<[f32; 4]> {
-    let in_file = || format!("--solved {}", file.display());
-    let text = fs::read_to_string(file).with_context(in_file)?;
-    let solved: Solved = serde_json::from_str(&text).with_context(in_file)?;
-    let found = solved.dynamic.iter().find(|row| row.budget == budget);
-    let found = found.with_context(|| {
-        format!("{}: it has no budget {budget}: evaluate without --calibration off", in_file())
-    })?;
-    Ok(found.thresholds)
+fn solved(file: &Path, budget: u64) -> Result<[f32; 4]> {
+    Solved::read(file)?.of(budget).with_context(|| in_file(file))
+}
+
+fn in_file(file: &Path) -> String {
+    format!("--solved {}", file.display())
+}
+
+impl Solved {
+    /// Reads an eval.json, whose path is that of `--solved`.
+    pub(super) fn read(file: &Path) -> Result<Self> {
+        let text = fs::read_to_string(file).with_context(|| in_file(file))?;
+        serde_json::from_str(&text).with_context(|| in_file(file))
+    }
+
+    /// The thresholds of a budget.
+    pub(super) fn of(&self, budget: u64) -> Result<[f32; 4]> {
+        let found = self.dynamic.iter().find(|row| row.budget == budget);
+        let found = found.with_context(|| {
+            format!("it has no budget {budget}: evaluate without --calibration off")
+        })?;
+        Ok(found.thresholds)
+    }
 }
 
 /// What the classes are called: as a file says, as the dataset says, or by their numbers.
-fn class_names(arguments: &Arguments, recipe: &Recipe) -> Result<Vec<String>> {
+pub(super) fn class_names(file: Option<&Path>, recipe: &Recipe) -> Result<Vec<String>> {
     let count = recipe.model.classes as usize;
-    if let Some(file) = &arguments.classes {
+    if let Some(file) = file {
         let in_file = || format!("--classes {}", file.display());
         let text = fs::read_to_string(file).with_context(in_file)?;
         let names: Vec<String> = text.lines().map(str::to_owned).collect();

@@ -22,6 +22,8 @@ use model::{
 use sha2::{Digest as _, Sha256};
 use tch::{Device, Kind, Tensor};
 
+use crate::weights::Which;
+
 const _: () = assert!(cfg!(target_endian = "little"), "sections are the memory of the tensors");
 
 /// The names of the sections, in order.
@@ -115,6 +117,17 @@ impl TrainState {
     #[must_use]
     pub fn averaged(&self) -> &Network {
         &self.averaged
+    }
+
+    /// A network that answers as [`network`](Self::network) or [`averaged`](Self::averaged) does now, faster: see
+    /// [`Network::for_inference`]. It has its own copy of the weights.
+    #[must_use]
+    pub fn for_inference(&self, architecture: &Architecture, which: Which) -> Network {
+        let weights = match which {
+            Which::Live => &self.live,
+            Which::Averaged => self.ema.weights(),
+        };
+        Network::for_inference(architecture, &weights.duplicate())
     }
 
     /// The parameters' and running statistics' order.

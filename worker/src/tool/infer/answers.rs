@@ -114,7 +114,7 @@ impl Prediction<'_> {
 }
 
 /// The `count` most likely classes of each row of logits `[B, K]`, and their probabilities.
-fn likely(logits: &Tensor, count: usize) -> Vec<Vec<(usize, f32)>> {
+pub(in crate::tool) fn likely(logits: &Tensor, count: usize) -> Vec<Vec<(usize, f32)>> {
     let count_i64 = i64::try_from(count).expect("there are not so many classes");
     let (probabilities, classes) = logits.softmax(-1, Kind::Float).topk(count_i64, -1, true, true); // [B, count] each
     let flat = |tensor: Tensor| tensor.to_device(Device::Cpu).flatten(0, 1);
