@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use cluster::Outcome;
 use nix::{
     sys::signal::{Signal, kill},
@@ -30,6 +30,7 @@ pub(crate) use self::notice::Cloud;
 use crate::{
     history::Source,
     up::{Report, worker_program},
+    worker_arguments::{coordinators, value_of},
 };
 
 /// What a worker is to be started again after: it was asked to stop, or found no coordinator.
@@ -236,23 +237,10 @@ impl Coordinators {
 
 /// HOST:PORT of each coordinator that the worker's arguments name.
 fn named(arguments: &[OsString]) -> Result<Vec<String>> {
-    let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
-    let mut values = words.iter().enumerate().filter_map(|(at, word)| {
-        if word == "--coordinator" {
-            return words.get(at + 1).map(|word| &**word);
-        }
-        word.strip_prefix("--coordinator=")
-    });
-    let Some(value) = values.next() else {
-        bail!("say --coordinator among the worker's arguments, or --coordinator-file before them");
-    };
-    let address = |url: &str| {
-        let (_, rest) = url
-            .split_once("://")
-            .with_context(|| format!("--coordinator: {url:?} is not http://HOST:PORT"))?;
-        anyhow::Ok(rest.trim_end_matches('/').to_owned())
-    };
-    value.split(',').map(address).collect()
+    let value = value_of(arguments, "--coordinator").context(
+        "say --coordinator among the worker's arguments, or --coordinator-file before them",
+    )?;
+    coordinators(&value)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod shared;
 mod slurm;
 mod tale;
 mod up;
+mod worker_arguments;
 
 use std::process::ExitCode;
 

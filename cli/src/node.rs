@@ -4,7 +4,7 @@
 //! lease; it starts another in its place as long as that makes sense, and ends all when it is asked to end.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{
@@ -34,6 +34,7 @@ use crate::{
     client::Client,
     command::coordinator::stdin_closed,
     up::{FAILURES_MAX, WorkerEnd, apply_device, in_words, worker_program},
+    worker_arguments::{coordinators, splits_as, value_of},
 };
 
 const DEVICES: &str = "--devices";
@@ -139,41 +140,14 @@ impl Request {
     }
 }
 
-/// If a word is the flag: the value that it holds behind `=`, if there is one.
-#[expect(clippy::option_option, reason = "not the flag, the flag alone, the flag with its value")]
-fn splits_as(word: &OsStr, flag: &str) -> Option<Option<OsString>> {
-    let text = word.to_str()?;
-    match text.strip_prefix(flag)? {
-        "" => Some(None),
-        rest => rest.strip_prefix('=').map(|value| Some(value.into())),
-    }
-}
-
-/// The value that a flag has among the arguments.
-fn value_of(arguments: &[OsString], flag: &str) -> Result<String> {
-    let mut words = arguments.iter();
-    let value = words
-        .find_map(|word| splits_as(word, flag))
-        .and_then(|inline| inline.or_else(|| words.next().cloned()));
-    let value = value.with_context(|| format!("{flag}: it is missing among the arguments"))?;
-    value.into_string().ok().with_context(|| format!("{flag}: not UTF-8"))
-}
-
 /// The way to the coordinator that the workers' arguments name.
 fn client(arguments: &[OsString]) -> Result<Client> {
-    let urls = value_of(arguments, "--coordinator")?;
-    let addresses: Result<Vec<_>> = urls
-        .split(',')
-        .map(|url| {
-            let rest = url.split_once("://").map(|(_, rest)| rest.trim_end_matches('/'));
-            rest.with_context(|| format!("--coordinator: {url:?} is not http://HOST:PORT"))
-        })
-        .collect();
+    let addresses = coordinators(&value_of(arguments, "--coordinator")?)?;
     let run = RunId::try_from(value_of(arguments, "--run")?).context("--run")?;
     let file = PathBuf::from(value_of(arguments, "--token-file")?);
     let token = std::fs::read_to_string(&file)
         .with_context(|| format!("--token-file {}", file.display()))?;
-    Client::new(&addresses?.join(","), run, token.trim())
+    Client::new(&addresses.join(","), run, token.trim())
 }
 
 /// The GPUs of this machine, as `percheron-worker` sees them.

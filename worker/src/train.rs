@@ -319,7 +319,7 @@ impl Training {
             let step = self.step();
             let is_last = step == self.setup.plan.steps_total;
             if self.setup.votes_at(step) && step > agreed {
-                forming::vote(&mut peers, &mut self.state, self.setup.voted_before(step))?;
+                forming::vote(&mut peers, &mut self.state, |step| self.setup.voted_before(step))?;
             }
             if host.keep.take(step) || is_last {
                 self.save_share(host, generation, (*rank, peers.size()), is_last);
@@ -371,8 +371,8 @@ impl Training {
         peers: &mut Mesh,
     ) -> Result<blake3::Hash, Interrupted> {
         let held = forming::all_gather(peers, &self.state)?;
-        if let Some((step, _)) = held.iter().flatten().max().filter(|_| self.setup.votes()) {
-            forming::check_equal(&held, &mut self.state, self.setup.voted_before(*step))?;
+        if self.setup.votes() {
+            forming::check_equal(&held, &mut self.state, |step| self.setup.voted_before(step))?;
         }
         let digest = match forming::origin(&held, group.checkpoint) {
             Origin::Initial => {

@@ -35,8 +35,8 @@ pub enum RestoreError {
     /// It is damaged, or the store does not answer.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// It could not be set aside.
-    #[error("the damaged checkpoint cannot be quarantined")]
+    /// It could not be set aside, or those that cannot be trusted could not be deleted.
+    #[error("the store does not let a checkpoint that cannot be used be taken away")]
     Quarantine(#[from] StoreError),
     /// It is of another network or another version of this program.
     #[error(

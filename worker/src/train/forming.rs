@@ -99,16 +99,16 @@ pub(crate) fn all_gather(
 pub(crate) fn vote(
     peers: &mut dyn Exchange,
     state: &mut TrainState,
-    agreed: Step,
+    agreed_before: impl Fn(Step) -> Step,
 ) -> Result<(), Interrupted> {
     let held = all_gather(peers, state)?;
-    check_equal(&held, state, agreed)
+    check_equal(&held, state, agreed_before)
 }
 
 /// Finds out whether those who are at the highest step hold different states.
 ///
-/// If so, gradients of a wrong state may be in all of them, back to the step `agreed` after which they were compared
-/// last. So nobody has a usable state any more: all go on from what was kept until then. Whoever differs from most,
+/// If so, gradients of a wrong state may be in all of them, back to the step after which they were compared last, which
+/// `agreed_before` knows. So nobody has a usable state any more: all go on from what was kept until then. Whoever differs from most,
 /// if most agree, is named.
 ///
 /// # Errors
@@ -116,9 +116,10 @@ pub(crate) fn vote(
 pub(crate) fn check_equal(
     held: &[Held],
     state: &mut TrainState,
-    agreed: Step,
+    agreed_before: impl Fn(Step) -> Step,
 ) -> Result<(), Interrupted> {
     let Some((step, odd)) = divergence(held) else { return Ok(()) };
+    let agreed = agreed_before(step);
     state.tear();
     let whose = match odd {
         Some(rank) => format!("that of rank {rank} differs from that of most, so its machine's"),
